@@ -1,0 +1,259 @@
+"""The report's charts as plain plotly figures (`{"data": …, "layout": …}`), made without importing plotly.
+
+Colours are the names of CSS variables of the page, such as `--front`; the page puts the values in when it draws, so that
+charts follow a light or dark theme. Text from users is escaped here: plotly reads some HTML tags in hovers and labels.
+"""
+
+import html
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nas.describe import describe_config, design_facts, format_bpb, format_bytes, format_count, format_ms, format_rate, format_s
+from nas.evaluation import Evaluation, Speed
+from nas.front import choose, front_of, pareto_front
+
+Figure = dict[str, Any]
+
+_FEWEST_LINES = 3
+"""Candidates below which parallel coordinates show nothing that the table does not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """A model shown beside the candidates: a known architecture, measured and trained in the same way."""
+
+    name: str
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """One quantity that bits per byte can be drawn against; all but `rate` are better when smaller."""
+
+    key: str
+    label: str
+    title: str
+    value: Callable[[Evaluation], float | None]
+    """The figure in the unit of `title`."""
+    rate: bool = False
+
+
+def _scaled(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def _rate(evaluation: Evaluation) -> float | None:
+    seconds = evaluation.s_per_byte
+    return None if not seconds else 1 / seconds
+
+
+AXES = (
+    Axis(key="chars", label="Characters/s", title="characters generated per second", value=_rate, rate=True),
+    Axis(key="token", label="ms/token", title="milliseconds per generated token", value=lambda e: _scaled(e.decode_s_per_token, 1e3)),
+    Axis(key="request", label="Request", title="milliseconds per request", value=lambda e: _scaled(e.request_s, 1e3)),
+    Axis(key="prefill", label="Prompt", title="milliseconds to read the prompt", value=lambda e: _scaled(e.prefill_s, 1e3)),
+    Axis(key="params", label="Parameters", title="parameters, millions", value=lambda e: _scaled(e.params, 1e-6)),
+    Axis(key="memory", label="Memory", title="peak memory, MB", value=lambda e: _scaled(e.peak_bytes, 1e-6)),
+)
+"""What the front can be drawn against, in the order of the page's buttons."""
+
+OBJECTIVE_AXIS: Mapping[Speed, str] = {"decode": "chars", "prefill": "prefill", "request": "request"}
+"""The axis that shows the searched objective."""
+
+
+def hover(evaluation: Evaluation, name: str | None = None) -> str:
+    """One candidate in words, as plotly hover text; everything from outside is escaped."""
+    title = html.escape(name) if name is not None else f"Trial {evaluation.trial}"
+    lines = [f"<b>{title}</b>"]
+    if evaluation.config is not None:
+        words = describe_config(evaluation.config).split(", ")
+        # Plotly does not wrap hovers; three parts a line keep them narrower than a phone.
+        lines += [html.escape(", ".join(words[i : i + 3])) for i in range(0, len(words), 3)]
+    lines.append(f"{format_bpb(evaluation.val_bpb, evaluation.val_bpb_stderr)} bits per byte")
+    lines.append(f"{format_ms(evaluation.decode_s_per_token)} ms/token, {format_rate(_rate(evaluation))} characters/s")
+    lines.append(f"{format_s(evaluation.request_s)} a request, {format_s(evaluation.prefill_s)} a prompt")
+    lines.append(f"{format_count(evaluation.params)} parameters, {format_bytes(evaluation.peak_bytes)} peak")
+    return "<br>".join(lines)
+
+
+def front_figures(evaluations: Sequence[Evaluation], speed: Speed, references: Sequence[Reference] = ()) -> dict[str, Figure]:
+    """Bits per byte against each axis for which figures are known, by `Axis.key`; empty without a complete trial.
+
+    Filled marks are the searched front on every axis; the step line is the best reachable at each value of this axis.
+    """
+    ranked = [e for e in evaluations if e.is_ranked(speed)]
+    front = front_of(evaluations, speed)
+    chosen = choose(front, speed)
+    figures: dict[str, Figure] = {}
+    for axis in AXES:
+        shown = [e for e in ranked if (v := axis.value(e)) is not None and v > 0]
+        if shown:
+            known = [r for r in references if r.evaluation.val_bpb is not None and (axis.value(r.evaluation) or 0) > 0]
+            figures[axis.key] = _front_figure(axis, shown, front, chosen, known)
+    return figures
+
+
+def _front_figure(
+    axis: Axis, shown: Sequence[Evaluation], front: Sequence[Evaluation], chosen: Evaluation | None, references: Sequence[Reference]
+) -> Figure:
+    on_front = {e.trial for e in front}
+    taken = chosen.trial if chosen is not None else None
+    values = [v for e in (*shown, *(r.evaluation for r in references)) if (v := axis.value(e)) is not None]
+    scale = _log_scale(min(values), max(values))
+    step = _step(axis, shown, 10.0 ** scale["range"][0 if axis.rate else 1])
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "best reachable",
+            "x": [x for x, _ in step],
+            "y": [y for _, y in step],
+            "line": {"shape": "vh" if axis.rate else "hv", "width": 2, "color": "--front"},
+            "hoverinfo": "skip",
+        },
+        _marks(axis, [e for e in shown if e.trial not in on_front], "other candidates", {"color": "--muted", "size": 8, "opacity": 0.55}),
+        _marks(axis, [e for e in shown if e.trial in on_front and e.trial != taken], "on the front", {"color": "--front", "size": 11}),
+        _marks(
+            axis,
+            [e for e in shown if e.trial == taken],
+            "default choice",
+            {"color": "--chosen", "size": 19, "symbol": "star", "line": {"width": 1.5, "color": "--card"}},
+        ),
+    ]
+    if references:
+        marks = _marks(axis, [r.evaluation for r in references], "references", {"color": "--text", "size": 10, "symbol": "diamond-open"})
+        marks["hovertext"] = [hover(r.evaluation, r.name) for r in references]
+        marks["text"] = [html.escape(r.name) for r in references]
+        data.append({**marks, "mode": "markers+text", "textposition": "top center"})
+    return {
+        "data": [trace for trace in data if trace["x"]],
+        "layout": {
+            "xaxis": {"title": {"text": f"{axis.title} (log)"}, "type": "log", **scale},
+            "yaxis": {"title": {"text": "bits per byte"}},
+            "hovermode": "closest",
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+            "margin": {"l": 58, "r": 16, "t": 46, "b": 52},
+            "height": 470,
+        },
+    }
+
+
+def _marks(axis: Axis, shown: Sequence[Evaluation], name: str, marker: dict[str, Any]) -> dict[str, Any]:
+    muted = marker["color"] == "--muted"
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": [axis.value(e) for e in shown],
+        "y": [e.val_bpb for e in shown],
+        "error_y": {
+            "type": "data",
+            "array": [e.val_bpb_stderr or 0.0 for e in shown],
+            "color": "--faint" if muted else marker["color"],
+            "thickness": 1 if muted else 1.5,
+            "width": 0 if muted else 3,
+        },
+        "marker": marker,
+        "hovertext": [hover(e) for e in shown],
+        "hovertemplate": "%{hovertext}<extra></extra>",
+    }
+
+
+def _step(axis: Axis, shown: Sequence[Evaluation], edge: float) -> list[tuple[float, float]]:
+    """The corners of "best bits per byte reachable at this value or better", by value, out to the worst value `edge`."""
+    pairs = [(x, e.val_bpb) for e in shown if (x := axis.value(e)) is not None and e.val_bpb is not None]
+    sign = -1.0 if axis.rate else 1.0
+    kept = [pairs[i] for i in pareto_front([(sign * x, y) for x, y in pairs])]
+    return sorted([*kept, (edge, min(y for _, y in kept))])
+
+
+def _log_scale(low: float, high: float) -> dict[str, Any]:
+    """Range (as logarithms) and round ticks of a log axis; plotly's own ticks are bare digits between powers of ten."""
+    pad = max(0.04, 0.06 * math.log10(high / low))
+    bottom, top = math.log10(low) - pad, math.log10(high) + pad
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(d / 4 for d in range(4, 40))):
+        ticks = [s * 10.0**p for p in range(math.floor(bottom) - 1, math.ceil(top) + 1) for s in steps]
+        inside = [t for t in ticks if bottom <= math.log10(t) <= top]
+        if len(inside) >= 4:
+            break
+    return {"tickvals": inside, "ticktext": [f"{t:,.6g}" for t in inside], "range": [bottom, top]}
+
+
+# --- design -------------------------------------------------------------------------------
+
+
+def design_figure(evaluations: Sequence[Evaluation], speed: Speed) -> Figure | None:
+    """Parallel coordinates of every design choice that varies, coloured by bits per byte; None with too few candidates."""
+    ranked = [e for e in evaluations if e.is_ranked(speed) and e.config is not None]
+    facts = [design_facts(e.config) for e in ranked if e.config is not None]
+    if len(ranked) < _FEWEST_LINES:
+        return None
+    bpb = [e.val_bpb for e in ranked if e.val_bpb is not None]
+    dimensions: list[dict[str, Any]] = [{"label": "bits per byte", "values": bpb}]
+    rates = [math.log10(r) for e in ranked if (r := _rate(e)) is not None]
+    if len(rates) == len(ranked) and max(rates) > min(rates):
+        scale = _log_scale(10 ** min(rates), 10 ** max(rates))
+        places = {"tickvals": [math.log10(t) for t in scale["tickvals"]], "ticktext": scale["ticktext"], "range": scale["range"]}
+        dimensions.append({"label": "characters/s", "values": rates, **places})
+    dimensions += [d for name in facts[0] if (d := _dimension(name, [f[name] for f in facts])) is not None]
+    return {
+        "data": [
+            {
+                "type": "parcoords",
+                "line": {"color": bpb, "colorscale": "Viridis", "showscale": True, "colorbar": {"title": {"text": "bpb"}, "thickness": 12}},
+                "dimensions": dimensions,
+                "labelangle": -20,
+                "labelside": "top",
+            }
+        ],
+        "layout": {"margin": {"l": 64, "r": 30, "t": 76, "b": 24}, "height": 430, "width": max(640, 70 * len(dimensions))},
+    }
+
+
+def _dimension(name: str, values: Sequence[str | int | float]) -> dict[str, Any] | None:
+    distinct = sorted(set(values), key=lambda v: (isinstance(v, str), v))
+    if len(distinct) < 2:
+        return None
+    if len(distinct) <= 8:
+        # Few values are spread evenly, whatever they are: 512 and 1024 would otherwise lie on each other below 65536.
+        place = {v: i for i, v in enumerate(distinct)}
+        ticks = {"tickvals": list(range(len(distinct))), "ticktext": [_bare(v) for v in distinct]}
+        return {"label": _bare(name), "values": [place[v] for v in values], **ticks}
+    return {"label": _bare(name), "values": list(values)}
+
+
+def _bare(value: str | int | float) -> str:
+    """Text for a place where plotly may or may not read tags: angle brackets are replaced by ones that never do."""
+    return str(value).replace("<", "‹").replace(">", "›")
+
+
+def importance_figure(shares: tuple[Mapping[str, float], Mapping[str, float]], most: int = 12) -> Figure:
+    """Bars of each parameter's share of importance, for bits per byte and for time."""
+    bpb, seconds = shares
+    names = sorted(bpb, key=lambda n: -max(bpb[n], seconds[n]))[:most][::-1]
+    bars = (("time", seconds, "--muted"), ("bits per byte", bpb, "--front"))
+    return {
+        "data": [
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": name,
+                "y": [_bare(n) for n in names],
+                "x": [share[n] for n in names],
+                "marker": {"color": color},
+                "hovertemplate": f"%{{y}}: %{{x:.0%}} of what decides {name}<extra></extra>",
+            }
+            for name, share, color in bars
+        ],
+        "layout": {
+            "barmode": "group",
+            "bargap": 0.3,
+            "xaxis": {"tickformat": ".0%", "title": {"text": "share of importance"}, "rangemode": "tozero"},
+            "yaxis": {"automargin": True, "type": "category"},
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "reversed"},
+            "margin": {"l": 16, "r": 16, "t": 40, "b": 50},
+            "height": 110 + 40 * len(names),
+        },
+    }

@@ -1,0 +1,337 @@
+"""The commands that look at one model, device or space: measure, count, targets, spaces."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from search_spaces.config import SLMConfig
+    from search_spaces.model import SLM
+    from search_spaces.workload import Workload
+
+
+def cache_dir() -> Path:
+    """Where compiled programs and what was detected of devices are kept: $EDGEWISE_CACHE, else the user's cache."""
+    given = os.environ.get("EDGEWISE_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgewise"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Named:
+    """A model as named on the command line."""
+
+    name: str
+    config: "SLMConfig"
+    folder: Path | None = None
+    """Its exported folder, with weights and tokenizer."""
+
+
+def _model(text: str) -> _Named:
+    """The config that a path or a name means.
+
+    Raises:
+        InvalidConfig: if it is neither, or the file is not a config.
+    """
+    from nas.export import is_export
+    from search_spaces.config import InvalidConfig, SLMConfig
+    from search_spaces.references import reference, reference_names
+
+    path = Path(text)
+    if text in reference_names():
+        return _Named(name=text, config=reference(text))
+    if path.exists():
+        exported = path.is_dir() and is_export(path)
+        return _Named(name=path.resolve().name, config=SLMConfig.load(path), folder=path if exported else None)
+    if path.suffix == ".json" or len(path.parts) > 1:
+        raise InvalidConfig(f"{text!r} does not exist; give a config.json, a folder with one, or a name such as smollm-135m")
+    return _Named(name=text, config=reference(text))
+
+
+# --- measure ----------------------------------------------------------------------------------
+
+
+@click.command("measure")
+@click.argument("model", metavar="MODEL")
+@click.option("--target", default="local", show_default=True, help="Where to measure: a name from `edgewise targets list`.")
+@click.option("--prompt-bytes", type=click.IntRange(min=1), default=512, show_default=True, help="Text to read.")
+@click.option("--generate-bytes", type=click.IntRange(min=1), default=256, show_default=True, help="Text to generate.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, raw times included.")
+def measure_command(model: str, target: str, prompt_bytes: int, generate_bytes: int, as_json: bool) -> None:
+    """Compile a model for a device, check it against PyTorch, and time a request.
+
+    MODEL is a config.json, a folder with one (such as an export), or a published model's name. Without a tokenizer, the
+    bytes a token stands for are assumed from the size of the vocabulary.
+
+    \b
+    Examples:
+      edgewise measure my-model
+      edgewise measure smollm-135m --generate-bytes 64 --json
+    """
+    named = _model(model)
+    from search_spaces.workload import Workload
+    from targets.target import load_target
+
+    workload = Workload(prompt_bytes=prompt_bytes, generate_bytes=generate_bytes)
+    device = load_target(target, cache_dir())
+    try:
+        values = _measured(named, device, workload)
+    finally:
+        device.close()
+    if as_json:
+        click.echo(json.dumps(values, indent=1))
+        return
+    from nas.describe import describe_config, format_bytes, format_count, format_ms, format_rate, format_s
+
+    assumed = " (assumed)" if values["bytes_per_token_assumed"] else ""
+    click.echo(f"{named.name}: {describe_config(named.config)}")
+    _table(
+        [
+            ("device", values["target"]),
+            ("parameters", format_count(values["params"])),
+            ("request", f"{prompt_bytes} + {generate_bytes} bytes, {values['prompt_tokens']} + {values['generated_tokens']} tokens"),
+            ("bytes per token", f"{values['bytes_per_token']:.2f}{assumed}"),
+            ("prefill", format_s(values["prefill_s"])),
+            ("decode", f"{format_ms(values['decode_s_per_token'])} ms a token"),
+            ("whole request", format_s(values["request_s"])),
+            ("characters/s", format_rate(values["bytes_per_s"])),
+            ("peak memory", format_bytes(values["peak_bytes"])),
+            ("estimate", f"{format_ms(values['estimate']['decode_s_per_token'])} ms a token ({values['estimate']['model']})"),
+        ]
+    )
+    if values["noisy"]:
+        click.echo(f"times of {', '.join(values['noisy'])} spread widely: close other programs and measure again", err=True)
+
+
+def _measured(named: _Named, device: Any, workload: "Workload") -> dict[str, Any]:
+    """Measures a model; refuses what cannot fit before anything is compiled.
+
+    Raises:
+        UserError: if the request exceeds the context, or the model the device's memory.
+        TargetError: if it cannot be compiled or measured, or differs from PyTorch.
+    """
+    import tempfile
+
+    from cost_models.roofline import Roofline
+    from nas.describe import format_bytes
+    from nas.errors import UserError
+    from search_spaces.counting import count, peak_bytes
+    from search_spaces.workload import assumed_bytes_per_token
+    from targets.measurement import Timing
+
+    config = named.config
+    weights: SLM | None = None
+    bytes_per_token, assumed = assumed_bytes_per_token(config.vocab_size), True
+    if named.folder is not None:
+        from nas.export import load_exported
+
+        weights, tokenizer = load_exported(named.folder)
+        bytes_per_token, assumed = tokenizer.bytes_per_token, False
+    tokens = workload.tokens(bytes_per_token)
+    if tokens.total > config.context:
+        raise UserError(
+            f"the request needs {tokens.total} tokens and {named.name} has context={config.context}; "
+            "give fewer --prompt-bytes or --generate-bytes"
+        )
+    needed, memory = peak_bytes(config, prompt_tokens=tokens.prompt, context=tokens.total), device.spec.memory_bytes
+    if memory and needed > memory:
+        raise UserError(
+            f"{named.name} needs {format_bytes(needed)} of memory and target {device.spec.name!r} has {format_bytes(memory)}; "
+            "measure a smaller model"
+        )
+
+    from cost_models.measured import latency, make_sample
+    from cost_models.program import build_program
+
+    with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
+        artifact = device.compile(build_program(config, tokens), Path(folder))
+        measurement = device.measure(artifact, make_sample(config, tokens, 0, weights), Timing())
+    measured = latency(measurement, config, tokens, workload)
+    counts = count(config, context=tokens.mid_context)
+    return {
+        "model": named.name,
+        "target": device.spec.name,
+        "config": config.to_dict(),
+        "params": counts.params,
+        "flops_per_token": counts.flops_per_token,
+        "weight_bytes": counts.weight_bytes,
+        "kv_bytes_per_token": counts.kv_bytes_per_token,
+        "bytes_per_token": bytes_per_token,
+        "bytes_per_token_assumed": assumed,
+        "prompt_tokens": tokens.prompt,
+        "generated_tokens": tokens.generated,
+        **measured.to_dict(),
+        "noisy": list(measurement.noisy),
+        "estimate": Roofline().estimate(config, tokens, device.spec).to_dict(),
+    }
+
+
+# --- count ------------------------------------------------------------------------------------
+
+
+@click.command("count")
+@click.argument("model", metavar="MODEL")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def count_command(model: str, as_json: bool) -> None:
+    """Count a model's parameters, FLOPs and bytes, by component, from the architecture alone.
+
+    MODEL is a config.json, a folder with one (such as an export), or a published model's name. FLOPs and bytes read are
+    those of decoding one token with a full context; all values are float32.
+
+    \b
+    Examples:
+      edgewise count smollm-135m
+      edgewise count my-model/config.json --json
+    """
+    named = _model(model)
+    from search_spaces.counting import count
+
+    c = count(named.config)
+    components = list(dict.fromkeys((*c.params_by_component, *c.flops_by_component, *c.bytes_read_by_component)))
+    if as_json:
+        values = {
+            "model": named.name,
+            "config": named.config.to_dict(),
+            "params": c.params,
+            "flops_per_token": c.flops_per_token,
+            "weight_bytes": c.weight_bytes,
+            "kv_bytes_per_token": c.kv_bytes_per_token,
+            "kv_bytes": c.kv_bytes,
+            "workspace_bytes": c.workspace_bytes,
+            "peak_bytes": c.peak_bytes,
+            "bytes_read_per_token": c.bytes_read_per_token,
+            "context": c.context,
+            "by_component": {
+                "params": dict(c.params_by_component),
+                "flops_per_token": dict(c.flops_by_component),
+                "bytes_read_per_token": dict(c.bytes_read_by_component),
+            },
+        }
+        click.echo(json.dumps(values, indent=1))
+        return
+    from nas.describe import describe_config, format_bytes
+
+    click.echo(f"{named.name}: {describe_config(named.config)}")
+    rows: list[Sequence[str]] = [("", "parameters", "FLOPs/token", "bytes read/token")]
+    tables = (c.params_by_component, c.flops_by_component, c.bytes_read_by_component)
+    rows += [(name, *(f"{t[name]:,}" if name in t else "–" for t in tables)) for name in components]
+    rows.append(("total", f"{c.params:,}", f"{c.flops_per_token:,}", f"{c.bytes_read_per_token:,}"))
+    _table(rows)
+    click.echo("")
+    _table(
+        [
+            ("weights", f"{c.weight_bytes:,} bytes", format_bytes(c.weight_bytes)),
+            ("cache per token", f"{c.kv_bytes_per_token:,} bytes", format_bytes(c.kv_bytes_per_token)),
+            (f"cache of {named.config.context} tokens", f"{c.kv_bytes:,} bytes", format_bytes(c.kv_bytes)),
+            ("peak while decoding", f"{c.peak_bytes:,} bytes", format_bytes(c.peak_bytes)),
+        ]
+    )
+
+
+# --- targets ----------------------------------------------------------------------------------
+
+
+@click.group("targets")
+def targets_group() -> None:
+    """See the devices that models can be measured on."""
+
+
+@targets_group.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def targets_list(as_json: bool) -> None:
+    """List the devices by name."""
+    from targets.spec import device_names, load_spec
+
+    specs = [load_spec(name) for name in device_names()]
+    if as_json:
+        click.echo(json.dumps([{"name": s.name, "kind": s.kind, "description": s.description} for s in specs], indent=1))
+    else:
+        _table([(s.name, s.description) for s in specs])
+
+
+@targets_group.command("show")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def targets_show(name: str, as_json: bool) -> None:
+    """Show what is known of a device; what is not in its file is detected and measured, which takes a moment.
+
+    \b
+    Example:
+      edgewise targets show local
+    """
+    from targets.target import load_target
+
+    device = load_target(name, cache_dir())
+    try:
+        values = device.spec.to_dict()
+    finally:
+        device.close()
+    if as_json:
+        click.echo(json.dumps(values, indent=1))
+    else:
+        _table([(key, _words(value)) for key, value in values.items() if value not in (None, "", [])])
+
+
+# --- spaces -----------------------------------------------------------------------------------
+
+
+@click.group("spaces")
+def spaces_group() -> None:
+    """See the search spaces that come with edgewise."""
+
+
+@spaces_group.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def spaces_list(as_json: bool) -> None:
+    """List the shipped spaces, smallest models first."""
+    from search_spaces.space import load_space, space_names
+
+    spaces = [load_space(name) for name in space_names()]
+    if as_json:
+        click.echo(json.dumps([{"name": s.name, "about": s.about, "params": s.params_range} for s in spaces], indent=1))
+    else:
+        _table([(s.name, s.about) for s in spaces])
+
+
+@spaces_group.command("show")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of TOML.")
+def spaces_show(name: str, as_json: bool) -> None:
+    """Show a space, shipped or a TOML file of your own, as a TOML file to start your own from.
+
+    \b
+    Example:
+      edgewise spaces show tiny > my-space.toml
+      edgewise search --space my-space.toml
+    """
+    from search_spaces.space import REPAIRS, load_space
+
+    space = load_space(name)
+    if as_json:
+        click.echo(json.dumps({**space.to_dict(), "size": space.size, "repairs": list(REPAIRS)}, indent=1))
+        return
+    click.echo(space.to_toml().rstrip())
+    click.echo(f"\n# {'Endless' if space.size is None else f'{space.size:,}'} combinations; how they become models that can be built:")
+    for rule in REPAIRS:
+        click.echo(f"# - {rule}")
+
+
+def _words(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    """Columns padded to line up: the first to the left, figures to the right, the last one free."""
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
+    figures = len(widths) > 2
+    for row in rows:
+        cells = [cell.rjust(widths[i]) if figures and i > 0 else cell.ljust(widths[i]) for i, cell in enumerate(row)]
+        click.echo("  ".join(cells).rstrip())

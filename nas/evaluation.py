@@ -1,0 +1,260 @@
+"""`Evaluation`: everything known about one trial, growing step by step, kept as one JSON file.
+
+A new value is made at each step (`evolve`) and written whole, so a run killed at any moment leaves either
+the file before the step or the one after it, never half of one.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from nas.errors import InvalidRun
+from search_spaces.config import InvalidConfig, SLMConfig
+
+State = Literal["running", "complete", "infeasible", "failed", "diverged"]
+"""running: not finished; infeasible: breaks a limit; failed: could not be compiled or measured; diverged: training did."""
+
+Speed = Literal["prefill", "decode", "request"]
+"""Which time is traded against bits per byte."""
+
+_INTS = ("trial", "duplicate_of", "params", "flops_per_token", "weight_bytes", "kv_bytes_per_token", "peak_bytes")
+_FLOATS = ("bytes_per_token", "prefill_s", "decode_s_per_token", "request_s", "bytes_per_s", "val_bpb", "val_bpb_stderr")
+_RECORDS = ("estimate", "measurement", "score")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One trial's complete record.
+
+    A number that is not finite is kept as None: it is not a result, and JSON has no word for it.
+    Records are copied into plain JSON values, so that what is read back equals what was written.
+
+    Raises:
+        InvalidRun: if a field has a value of another kind than its own.
+    """
+
+    trial: int
+    state: State = "running"
+    reason: str | None = None
+    """Why the trial did not complete, in one line."""
+    duplicate_of: int | None = None
+    """The earlier trial with an equal config, whose results these are."""
+
+    params_drawn: Mapping[str, Any] = field(default_factory=dict)
+    """What the sampler proposed, by parameter name, before any repair."""
+    config: SLMConfig | None = None
+    bytes_per_token: float | None = None
+    """UTF-8 bytes of text per token of this candidate's tokenizer."""
+
+    params: int | None = None
+    """Unique parameters; tied and shared ones once."""
+    flops_per_token: int | None = None
+    weight_bytes: int | None = None
+    kv_bytes_per_token: int | None = None
+    peak_bytes: int | None = None
+    """Memory counted from the architecture: weights, cache and workspace."""
+
+    estimate: Mapping[str, Any] | None = None
+    measurement: Mapping[str, Any] | None = None
+    """The device's raw record."""
+    prefill_s: float | None = None
+    """Seconds to read the workload's prompt, a fixed number of bytes."""
+    decode_s_per_token: float | None = None
+    request_s: float | None = None
+    """Seconds for the workload's whole request: prompt read and text generated."""
+    bytes_per_s: float | None = None
+    """Bytes of text generated in a second."""
+
+    score: Mapping[str, Any] | None = None
+    val_bpb: float | None = None
+    """Validation bits per byte of text."""
+    val_bpb_stderr: float | None = None
+
+    stage_s: Mapping[str, float] = field(default_factory=dict)
+    """Seconds spent by stage: count, compile, measure, train."""
+
+    def __post_init__(self) -> None:
+        if self.state not in get_args(State):
+            raise InvalidRun(f"state={self.state!r} is not one of {', '.join(get_args(State))}; choose one")
+        for name in _INTS:
+            value = getattr(self, name)
+            if value is None and name != "trial":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise InvalidRun(f"{name}={value!r} is not an integer; give one")
+        for name in _FLOATS:
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        if self.reason is not None and not isinstance(self.reason, str):
+            raise InvalidRun(f"reason={self.reason!r} is not text; give a sentence")
+        if self.config is not None and not isinstance(self.config, SLMConfig):
+            raise InvalidRun(f"config is a {type(self.config).__name__}, not an architecture; give an SLMConfig")
+        for name in (*_RECORDS, "params_drawn", "stage_s"):
+            value = getattr(self, name)
+            if value is None and name in _RECORDS:
+                continue
+            if not isinstance(value, Mapping):
+                raise InvalidRun(f"{name}={value!r} is not a mapping; give one from names to JSON values")
+            object.__setattr__(self, name, _plain(name, value))
+        for stage, seconds in self.stage_s.items():
+            if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+                raise InvalidRun(f"stage_s[{stage!r}]={seconds!r} is not a number of seconds; give one")
+
+    @property
+    def s_per_byte(self) -> float | None:
+        """Seconds to generate one byte of text: decode seconds per token / bytes per token.
+
+        Only this compares across vocabularies; a larger one needs fewer tokens for the same text.
+        """
+        if self.decode_s_per_token is None or not self.bytes_per_token:
+            return None
+        return self.decode_s_per_token / self.bytes_per_token
+
+    def seconds(self, speed: Speed) -> float | None:
+        """The time traded against bits per byte, in seconds, or None if it is not known.
+
+        decode: seconds per byte of text; prefill: seconds to read the prompt; request: seconds for a request.
+        """
+        value = {"prefill": self.prefill_s, "decode": self.s_per_byte, "request": self.request_s}[speed]
+        return value if value is not None and value > 0 else None
+
+    def is_ranked(self, speed: Speed) -> bool:
+        """Whether the trial completed with both objectives known."""
+        return self.state == "complete" and self.val_bpb is not None and self.seconds(speed) is not None
+
+    def objectives(self, speed: Speed) -> tuple[float, float]:
+        """(val_bpb, seconds), both to be minimised; see `seconds` for what is timed.
+
+        Raises:
+            ValueError: if one of the two is not known.
+        """
+        seconds = self.seconds(speed)
+        if self.val_bpb is None or seconds is None:
+            missing = "val_bpb" if self.val_bpb is None else f"the {speed} time"
+            raise ValueError(f"trial {self.trial} ({self.state}) has no {missing}; ask `is_ranked({speed!r})` first")
+        return self.val_bpb, seconds
+
+    def evolve(self, **changes: Any) -> "Evaluation":
+        """A copy with these fields changed.
+
+        Raises:
+            TypeError: on a name that is not a field.
+            InvalidRun: on a value of the wrong kind.
+        """
+        return dataclasses.replace(self, **changes)
+
+    # --- files ----------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, every field."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["config"] = None if self.config is None else self.config.to_dict()
+        for name in (*_RECORDS, "params_drawn", "stage_s"):
+            values[name] = _plain(name, values[name])
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Evaluation":
+        """The inverse of `to_dict`; fields left out take their defaults.
+
+        Raises:
+            InvalidRun: on an unknown key, a missing trial number, or a value of the wrong kind.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise InvalidRun(f"{key!r} is not a field of a trial's record; it was written by another version or edited by hand")
+        if "trial" not in values:
+            raise InvalidRun("trial is missing; a trial's record needs its number")
+        values = dict(values)
+        if values.get("config") is not None:
+            if not isinstance(values["config"], Mapping):
+                raise InvalidRun(f"config={values['config']!r} is not a JSON object; give an architecture config")
+            try:
+                values["config"] = SLMConfig.from_dict(values["config"])
+            except InvalidConfig as error:
+                raise InvalidRun(f"config does not describe a model: {error}") from error
+        return cls(**values)
+
+    def save(self, path: Path) -> None:
+        """Writes the record whole, as indented JSON."""
+        write_whole(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Evaluation":
+        """Reads a record that `save` wrote.
+
+        Raises:
+            InvalidRun: if the file cannot be read, is not JSON, or does not hold a trial's record.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InvalidRun(f"{path} cannot be read ({error.strerror}); give a trial's JSON file") from error
+        except (ValueError, RecursionError) as error:
+            raise InvalidRun(f"{path} is damaged: not JSON ({error}); delete it and resume the run to have the trial done again") from error
+        if not isinstance(values, dict):
+            raise InvalidRun(f"{path} is damaged: it holds {type(values).__name__}, not a JSON object; delete it and resume the run")
+        try:
+            return cls.from_dict(values)
+        except InvalidRun as error:
+            raise InvalidRun(f"{path} is damaged: {error}") from error
+
+
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """Writes a file so that readers see all of it or what was there before; returns its path.
+
+    Text is written as UTF-8. The content goes to a temporary file in the same folder, is flushed to the disk,
+    and takes the name in one step; parent folders are made.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not `tempfile`: its files are private to the user, this one should have the mode of any other new file.
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _number(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidRun(f"{name}={value!r} is not a number; give one")
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _plain(name: str, value: object) -> Any:
+    """The value in JSON types only, copied; floats that are not finite become None."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise InvalidRun(f"{name} has the key {key!r}, which is not text; use strings as keys")
+        return {str(k): _plain(f"{name}[{k!r}]", v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(f"{name}[{i}]", v) for i, v in enumerate(value)]
+    raise InvalidRun(f"{name} is a {type(value).__name__}, which JSON cannot hold; give text, numbers, lists or mappings")

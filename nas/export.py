@@ -1,0 +1,176 @@
+"""A trained model to take away: a folder that loads again, here or wherever safetensors and tokenizer.json are read.
+
+```
+from nas.export import load_exported
+model, tokenizer = load_exported("my-model")
+logits = model(torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("My fellow citizens")]]))
+```
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.describe import describe_config, format_bpb, format_bytes, format_count, format_ms, format_s
+from nas.errors import InvalidRun
+from nas.evaluation import Evaluation, write_whole
+from nas.front import front_of
+from nas.run import Run
+from nas.search import speed_of
+from search_spaces.config import MODEL_TYPE, SLMConfig
+
+if TYPE_CHECKING:
+    from nas.tokenizer import Tokenizer
+    from search_spaces.model import SLM
+
+CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
+
+
+def export_trial(run: Run, trial: int, to: Path) -> Path:
+    """Writes a trial's model into a folder: config.json, model.safetensors, tokenizer.json, a model card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InvalidRun: if the trial has no weights, or the folder holds something that is not an export.
+    """
+    evaluation = run.load(trial)
+    front = front_of(run.evaluations(), speed_of(run))
+    choices = f"choose one of {', '.join(str(e.trial) for e in front)}" if front else "search until a trial completes"
+    if evaluation is None:
+        raise InvalidRun(f"trial {trial} is not in run {str(run.path)!r}; {choices}")
+    source = run.weights_path(trial if evaluation.duplicate_of is None else evaluation.duplicate_of)
+    if evaluation.state != "complete":
+        raise InvalidRun(f"trial {trial} is {evaluation.state}, so it has no trained weights; {choices}")
+    if not source.exists():
+        raise InvalidRun(f"trial {trial} is not on the front of run {str(run.path)!r}, so its weights were not kept; {choices}")
+    _check_folder(to)
+
+    from nas.tokenizer import Tokenizer
+    from nas.weights import load_weights
+
+    config = evaluation.config
+    assert config is not None
+    load_weights(source, config)
+    tokenizer_path = run.tokenizer_path(_requested_vocab(run, evaluation))
+    tokenizer = Tokenizer.from_file(tokenizer_path)
+    meta_path = tokenizer_path.with_suffix(".meta.json")
+    write_whole(to / CONFIG, config.to_json())
+    write_whole(to / WEIGHTS, source.read_bytes())
+    write_whole(to / TOKENIZER, tokenizer_path.read_bytes())
+    write_whole((to / TOKENIZER).with_suffix(".meta.json"), meta_path.read_bytes())
+    write_whole(to / CARD, model_card(run, evaluation, tokenizer.vocab_size))
+    return to
+
+
+def load_exported(folder: str | Path) -> "tuple[SLM, Tokenizer]":
+    """The model, in evaluation mode, and the tokenizer of an exported folder.
+
+    Raises:
+        InvalidConfig: if config.json cannot be read or breaks a rule.
+        InvalidRun: if the weights or the tokenizer are missing, damaged, or of another model.
+    """
+    from nas.tokenizer import Tokenizer
+    from nas.weights import load_weights
+
+    folder = Path(folder)
+    config = SLMConfig.load(folder)
+    tokenizer = Tokenizer.from_file(folder / TOKENIZER)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InvalidRun(
+            f"{folder / TOKENIZER} has {tokenizer.vocab_size} ids and vocab_size={config.vocab_size}; they are not of the same model"
+        )
+    return load_weights(folder / WEIGHTS, config), tokenizer
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder holds a model that `load_exported` reads, as far as its names tell."""
+    return all((folder / name).is_file() for name in (CONFIG, WEIGHTS, TOKENIZER))
+
+
+def model_card(run: Run, evaluation: Evaluation, vocab_size: int) -> str:
+    """What the model is, how it was found, what was measured where, and what it was trained on, as Markdown."""
+    manifest = run.manifest
+    device, corpus, settings = manifest["device"], manifest["corpus"], manifest["settings"]
+    score: Any = evaluation.score or {}
+    config = evaluation.config
+    assert config is not None
+    sharing = "" if config.sharing == "none" else f", {config.num_unique_layers} of {config.num_layers} layers unique ({config.sharing})"
+    return "\n".join(
+        [
+            f"# {_plain(run.name)}, trial {evaluation.trial}",
+            "",
+            f"A decoder-only language model: {describe_config(config)}{sharing}. {format_count(evaluation.params)} parameters, "
+            f"context {config.context} tokens, byte-level BPE of {vocab_size} tokens ({evaluation.bytes_per_token:.2f} bytes each).",
+            "",
+            "A short training from scratch made it, to compare architectures: it is a starting point, not a finished model.",
+            "",
+            "## Measured",
+            "",
+            f"On {_plain(device['name'])}{_cpu(device)}, search begun {manifest['created']}; float32, one request at a time, "
+            f"{settings['prompt_bytes']} bytes of prompt, {settings['generate_bytes']} generated.",
+            "",
+            "| what | value |",
+            "|---|---|",
+            f"| prefill of the prompt | {format_s(evaluation.prefill_s)} |",
+            f"| decode | {format_ms(evaluation.decode_s_per_token)} ms a token |",
+            f"| whole request | {format_s(evaluation.request_s)} |",
+            f"| peak memory | {format_bytes(evaluation.peak_bytes)} |",
+            f"| weights | {format_bytes(evaluation.weight_bytes)} |",
+            f"| validation bits per byte | {format_bpb(evaluation.val_bpb, evaluation.val_bpb_stderr)} |",
+            "",
+            "## How it was found",
+            "",
+            f"Search space {_plain(manifest['space']['name'])}, sampler {settings['sampler']}, seed {manifest['seed']}; on the front of "
+            f"bits per byte against {settings['speed']} time. "
+            + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+            + ".",
+            "",
+            "## Training text",
+            "",
+            f"{_plain(corpus['name'])} (licence: {_plain(corpus['licence'])}), {score.get('train_bytes', settings['train_bytes'])} bytes "
+            f"read in {score.get('steps', '?')} steps; scored on documents held out from training and tokenizer. "
+            f"sha256 of the text: {corpus['sha256']}.",
+            "",
+            "## Loading",
+            "",
+            "```python",
+            "from nas.export import load_exported",
+            "model, tokenizer = load_exported(FOLDER)",
+            'logits = model(torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("My fellow citizens")]]))',
+            "```",
+            "",
+        ]
+    )
+
+
+def _cpu(device: dict[str, Any]) -> str:
+    return f" ({device['cores']} cores of {_plain(device['cpu'])})" if device.get("cpu") and device.get("cores") else ""
+
+
+def _plain(text: object) -> str:
+    """Text from users as it is, without what Markdown or HTML would act on."""
+    kept = " ".join(str(text).split())
+    for mark in "\\`*_[]<>|#":
+        kept = kept.replace(mark, "\\" + mark)
+    return kept
+
+
+def _requested_vocab(run: Run, evaluation: Evaluation) -> int:
+    from search_spaces.space import Space
+
+    return Space.from_dict(run.manifest["space"]).requested_vocab(evaluation.params_drawn)
+
+
+def _check_folder(to: Path) -> None:
+    if to.exists() and not to.is_dir():
+        raise InvalidRun(f"--to {str(to)!r} is a file; give a folder")
+    if not to.exists() or not any(to.iterdir()):
+        return
+    try:
+        ours = json.loads((to / CONFIG).read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise InvalidRun(f"--to {str(to)!r} holds other files and no exported model; give a new or empty folder")

@@ -1,0 +1,74 @@
+"""Which candidates nothing beats: the Pareto front, its volume, and the one to take by default."""
+
+import math
+from collections.abc import Sequence
+
+from nas.evaluation import Evaluation, Speed
+
+
+def pareto_front(points: Sequence[tuple[float, ...]]) -> list[int]:
+    """Indices of the points that no other point dominates, in ascending order; all coordinates are minimised.
+
+    A point dominates another if it is nowhere worse and somewhere better. Of equal points only the first is kept;
+    a point with a coordinate that is not finite is left out and dominates nothing.
+
+    Raises:
+        ValueError: if points differ in their number of coordinates.
+    """
+    if len({len(p) for p in points}) > 1:
+        raise ValueError(f"points have {sorted({len(p) for p in points})} coordinates; give all of them the same number")
+    finite = [i for i, p in enumerate(points) if all(math.isfinite(v) for v in p)]
+    # In lexicographic order a point can only be dominated by an earlier one, so the kept ones suffice to compare with.
+    kept: list[int] = []
+    for i in sorted(finite, key=lambda j: (tuple(points[j]), j)):
+        if not any(all(a <= b for a, b in zip(points[k], points[i], strict=True)) for k in kept):
+            kept.append(i)
+    return sorted(kept)
+
+
+def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
+    """The area that the points dominate below `reference`, both coordinates minimised.
+
+    The sum over the front, by ascending first coordinate, of (r0 - x) * (previous y - y), where y starts at r1
+    (Zitzler & Thiele 1999, "size of the space covered"). Points not better than the reference in both coordinates add 0.
+
+    Raises:
+        ValueError: if the reference is not finite.
+    """
+    if not all(math.isfinite(r) for r in reference):
+        raise ValueError(f"reference={reference} is not finite; give a point worse than those of interest")
+    inside = [p for p in points if p[0] < reference[0] and p[1] < reference[1]]
+    area, ceiling = 0.0, reference[1]
+    for i in sorted(pareto_front(inside), key=lambda j: inside[j]):
+        x, y = inside[i]
+        area += (reference[0] - x) * (ceiling - y)
+        ceiling = y
+    return area
+
+
+def front_of(evaluations: Sequence[Evaluation], speed: Speed = "decode") -> list[Evaluation]:
+    """The complete evaluations on the front of (bits per byte, seconds), fastest first."""
+    ranked = [e for e in evaluations if e.is_ranked(speed)]
+    indices = pareto_front([e.objectives(speed) for e in ranked])
+    return sorted((ranked[i] for i in indices), key=lambda e: (e.objectives(speed)[1], e.trial))
+
+
+def choose(front: Sequence[Evaluation], speed: Speed = "decode") -> Evaluation | None:
+    """The model to take by default: the knee of the front; None if it is empty.
+
+    Log seconds and bits per byte are each scaled to 0..1 between the front's ends; the knee is the point furthest below
+    the line that joins the ends, that is, the largest 1 - x - y (Das 1999, the "bulge" of a front). Of equal ones the
+    faster is taken. If no point lies below the line (always so with two), it is the end with the fewest bits per byte.
+    """
+    if not front:
+        return None
+    ordered = sorted(front, key=lambda e: (e.objectives(speed)[1], e.trial))
+    points = [(math.log(e.objectives(speed)[1]), e.objectives(speed)[0]) for e in ordered]
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    best, best_depth = ordered[-1], 1e-9
+    if x1 > x0 and y0 > y1:
+        for evaluation, (x, y) in zip(ordered, points, strict=True):
+            depth = 1.0 - (x - x0) / (x1 - x0) - (y - y1) / (y0 - y1)
+            if depth > best_depth:
+                best, best_depth = evaluation, depth
+    return best

@@ -1,0 +1,220 @@
+"""What the sampler proposes for a trial, and what it is told afterwards.
+
+The proposal of trial k is a pure function of the seed, k and the finished trials before k: the sampler is made anew,
+seeded from (seed, k), and asked in a study in memory that holds just those trials. The study in storage holds finished
+trials only, each added whole. So a killed search proposes again exactly what it was working on, and a study that is
+lost can be made again from the folder's evaluations.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import TrialState, create_trial
+
+from nas.errors import InvalidRun, UserError
+from nas.evaluation import Evaluation, Speed
+from search_spaces.space import SearchSpace
+
+SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random")
+"""Samplers by the name `--sampler` takes."""
+
+POPULATION = 16
+"""Trials a generation of the genetic samplers: searches here have tens of trials, not the thousands that 50 suits."""
+
+UNTRAINED_BPB = 8.0
+"""Bits per byte of a model that knows nothing (256 equally likely bytes): told for candidates that were not trained."""
+
+VIOLATION = "violation"
+"""The one constraint told: at most 0 if the candidate keeps every limit, else by which share it breaks the worst."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """The parameters of a trial, as Optuna keeps them."""
+
+    trial: int
+    params: Mapping[str, Any]
+    distributions: Mapping[str, BaseDistribution]
+    system_attrs: Mapping[str, Any]
+
+
+def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    """A fresh sampler.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    if name == "tpe":
+        return optuna.samplers.TPESampler(seed=seed)
+    if name == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION)
+    if name == "nsga3":
+        with warnings.catch_warnings():
+            # It has kept its interface since Optuna 3.2; nobody who names it needs to hear that it may change.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.NSGAIIISampler(seed=seed, population_size=POPULATION)
+    if name == "gp":
+        return optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False)
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    raise UserError(f"sampler {name!r} is not known; choose one of {', '.join(SAMPLERS)}")
+
+
+def propose(study: optuna.Study, space: SearchSpace, sampler: str, seed: int, trial: int) -> Proposal:
+    """What the sampler proposes for a trial, given the study's trials before it; changes nothing."""
+    state = np.random.SeedSequence([seed, trial]).generate_state(1)
+    memory = optuna.create_study(directions=study.directions, sampler=make_sampler(sampler, int(state[0])))
+    memory.add_trials(study.get_trials(deepcopy=False)[:trial])
+    asked = memory.ask()
+    space.suggest(asked)
+    drawn = memory.get_trials(deepcopy=False)[-1]
+    # A sampler's notes for parallel workers are of no use once the trial is over; a generation's number is.
+    attrs = {k: v for k, v in drawn.system_attrs.items() if "relative_params" not in k}
+    return Proposal(trial=trial, params=drawn.params, distributions=drawn.distributions, system_attrs=attrs)
+
+
+def tell(study: optuna.Study, proposal: Proposal, evaluation: Evaluation, violation: float, speed: Speed) -> None:
+    """Adds a finished trial to the study, in one write.
+
+    A candidate that has no objectives is told as complete with its constraint violated (that is how Optuna's samplers
+    learn from it) and stand-ins for values: `UNTRAINED_BPB`, and the measured time, else the estimated one, else the
+    longest told so far. The user attribute `state` says what really came of it.
+    """
+    assert len(study.get_trials(deepcopy=False)) == evaluation.trial, "trials are told in order"
+    bpb = evaluation.val_bpb if evaluation.val_bpb is not None else UNTRAINED_BPB
+    seconds = evaluation.seconds(speed)
+    if seconds is None:
+        seconds = _estimated_seconds(evaluation, speed)
+    if seconds is None:
+        seconds = max((t.values[1] for t in study.get_trials(deepcopy=False)), default=1.0)
+    study.add_trial(
+        create_trial(
+            state=TrialState.COMPLETE,
+            values=[bpb, seconds],
+            params=dict(proposal.params),
+            distributions=dict(proposal.distributions),
+            system_attrs=dict(proposal.system_attrs),
+            user_attrs={"state": evaluation.state, **({"reason": evaluation.reason[:1000]} if evaluation.reason else {})},
+            constraints={VIOLATION: violation},
+        )
+    )
+
+
+def _estimated_seconds(evaluation: Evaluation, speed: Speed) -> float | None:
+    estimate = evaluation.estimate
+    if estimate is None:
+        return None
+    if speed == "decode":
+        return estimate["decode_s_per_token"] / evaluation.bytes_per_token if evaluation.bytes_per_token else None
+    value: float | None = estimate[f"{speed}_s"]
+    return value
+
+
+@contextmanager
+def open_study(storage: str | None, run_path: Path, name: str) -> Iterator[tuple[optuna.Study, str | None]]:
+    """The run's study, made if there is none; closed at the end.
+
+    Args:
+        storage: an Optuna storage URL; None: study.db in the run folder. Should that file be damaged, it is
+            set aside and begun anew (the evaluations in the folder are told to it again).
+        run_path: the run folder.
+        name: the study's name in the storage.
+
+    Yields:
+        The study, and a sentence about a damaged file, if there was one.
+
+    Raises:
+        InvalidRun: if the storage cannot be opened.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    path = run_path / "study.db"
+    note = None
+    try:
+        opened = _load(storage or _sqlite_url(path), name)
+    except Exception as error:
+        if storage is not None or not _is_damaged(path):
+            raise _cannot_open(storage or str(path), error) from error
+        aside = path.with_name("study.db.damaged")
+        path.replace(aside)
+        note = f"{path} was damaged and is now {aside.name}; the study is made again from trials/"
+        opened = _load(_sqlite_url(path), name)
+    inner, study = opened
+    try:
+        yield study, note
+    finally:
+        if isinstance(inner, optuna.storages.RDBStorage):
+            inner.remove_session()
+            inner.engine.dispose()
+
+
+def _load(url: str, name: str) -> tuple[optuna.storages.BaseStorage, optuna.Study]:
+    with _quiet_alembic():
+        inner: optuna.storages.BaseStorage
+        if url.startswith(("redis", "journal")):
+            raise InvalidRun(f"storage {url!r} is not a database URL; give one such as sqlite:///study.db or postgresql://…")
+        inner = optuna.storages.RDBStorage(url)
+        study = optuna.create_study(storage=inner, study_name=name, directions=["minimize", "minimize"], load_if_exists=True)
+        study.get_trials(deepcopy=False)
+    return inner, study
+
+
+@contextmanager
+def _quiet_alembic() -> Iterator[None]:
+    logger = logging.getLogger("alembic")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _sqlite_url(path: Path) -> str:
+    from sqlalchemy.engine import URL
+
+    return URL.create("sqlite", database=str(path.resolve())).render_as_string(hide_password=False)
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a file is there and SQLite itself finds it no sound database."""
+    import sqlite3
+
+    if not path.is_file():
+        return False
+    connection = None
+    try:
+        connection = sqlite3.connect(path)
+        return bool(connection.execute("PRAGMA quick_check").fetchone() != ("ok",))
+    except sqlite3.OperationalError:
+        return False  # busy, unreadable, no space: not the content's fault
+    except sqlite3.DatabaseError:
+        return True
+    finally:
+        if connection is not None:
+            connection.close()
+
+
+def _cannot_open(storage: str, error: Exception) -> InvalidRun:
+    if isinstance(error, InvalidRun):
+        return error
+    reason = str(error.__cause__ or error).strip().splitlines()
+    return InvalidRun(
+        f"storage {_without_password(storage)!r} cannot be opened ({reason[0] if reason else type(error).__name__}); check the URL"
+    )
+
+
+def _without_password(url: str) -> str:
+    from sqlalchemy.engine import make_url
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except Exception:
+        return url

@@ -1,0 +1,127 @@
+"""The report's page: its markup, look and the few lines that draw its charts, with `$name` where content goes."""
+
+_STYLE = """
+:root { color-scheme: light dark; --page:#f5f6f8; --card:#ffffff; --text:#1b2430; --soft:#5b6675; --line:#e1e5ea;
+  --front:#1767d1; --chosen:#e0562b; --muted:#8b97a6; --faint:#c3cad3; --wash:#eef4fd; }
+@media (prefers-color-scheme: dark) { :root { --page:#11151b; --card:#191f27; --text:#e4e9f0; --soft:#97a3b3; --line:#2b343f;
+  --front:#62a5ff; --chosen:#ff8a5c; --muted:#7d8a9b; --faint:#48535f; --wash:#1c2a3d; } }
+* { box-sizing: border-box; }
+body { margin:0; background:var(--page); color:var(--text); font:15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width:1120px; margin:0 auto; padding:28px 20px 60px; }
+h1 { font-size:1.75rem; line-height:1.2; margin:0 0 4px; overflow-wrap:anywhere; }
+h2 { font-size:1.12rem; margin:0 0 10px; }
+p { margin:0 0 8px; max-width:80ch; }
+section { background:var(--card); border:1px solid var(--line); border-radius:12px; padding:18px 20px; margin-top:18px; min-width:0; }
+.brand { color:var(--soft); font-size:.85rem; margin:0 0 10px; letter-spacing:.02em; }
+.head { display:flex; flex-wrap:wrap; gap:10px 34px; margin:14px 0 0; }
+dt { color:var(--soft); font-size:.8rem; } dd { margin:0; font-weight:600; overflow-wrap:anywhere; }
+.choice { font-weight:650; font-size:1.05rem; margin-bottom:2px; } .star { color:var(--chosen); }
+.tiles { display:grid; grid-template-columns:repeat(auto-fit, minmax(150px, 1fr)); gap:10px; margin-top:12px; }
+.tiles div { background:var(--wash); border-radius:9px; padding:9px 12px; }
+.tiles b { display:block; font-size:1.08rem; font-variant-numeric:tabular-nums; } .tiles span { color:var(--soft); font-size:.82rem; }
+.findings { margin:0; padding-left:1.15em; max-width:88ch; } .findings li { margin:4px 0; }
+.buttons { display:flex; flex-wrap:wrap; gap:6px; margin:0 0 6px; }
+button { font:inherit; font-size:.86rem; color:var(--text); background:transparent; border:1px solid var(--line); border-radius:999px;
+  padding:4px 13px; cursor:pointer; }
+button[aria-pressed="true"] { background:var(--front); border-color:var(--front); color:var(--card); font-weight:600; }
+button:focus-visible { outline:2px solid var(--chosen); outline-offset:2px; }
+.note { color:var(--soft); }
+.scroll { overflow-x:auto; margin:0 -20px; padding:0 20px; }
+table { border-collapse:collapse; width:100%; font-size:.89rem; font-variant-numeric:tabular-nums; }
+th { text-align:left; color:var(--soft); font-weight:600; border-bottom:1px solid var(--line); white-space:nowrap; }
+th, td { padding:7px 18px 7px 0; vertical-align:top; } td { border-bottom:1px solid var(--line); white-space:nowrap; }
+td.wide { white-space:normal; min-width:17em; overflow-wrap:anywhere; }
+tr:last-child td { border-bottom:0; } tr.best td { font-weight:600; }
+.stage { display:grid; grid-template-columns:7em 1fr 5.5em; gap:12px; align-items:center; margin:5px 0; }
+.stage span { overflow:hidden; text-overflow:ellipsis; }
+.stage i { background:var(--front); height:12px; border-radius:6px; min-width:2px; }
+.stage b { font-weight:500; text-align:right; font-variant-numeric:tabular-nums; }
+.settings { margin:0; } .settings > div { display:grid; grid-template-columns:11em 1fr; gap:12px; padding:4px 0; }
+.settings dd { font-weight:400; } summary { cursor:pointer; color:var(--front); }
+pre { margin:6px 0 0; padding:10px; background:var(--page); border-radius:8px; overflow:auto; max-height:24em; font-size:.8rem; }
+@media (max-width:600px) { main { padding:18px 10px 40px; } section { padding:14px 13px; border-radius:10px; }
+  .scroll { margin:0 -13px; padding:0 13px; } .settings > div { grid-template-columns:1fr; gap:0; } h1 { font-size:1.4rem; }
+  .tiles { grid-template-columns:repeat(2, 1fr); } }
+@media print { body { background:#fff; } section { break-inside:avoid; } .buttons { display:none; } }
+"""
+
+_DRAW = """
+(() => {
+  const figures = JSON.parse(document.getElementById("figures").textContent);
+  if (typeof Plotly === "undefined") return;
+  const paint = (value, key, css) => {
+    if (Array.isArray(value)) return value.map(v => paint(v, "", css));
+    if (value && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, paint(v, k, css)]));
+    return key === "color" && typeof value === "string" && value.startsWith("--") ? css.getPropertyValue(value).trim() : value;
+  };
+  const draw = (id, figure) => {
+    const place = document.getElementById(id);
+    if (!figure || !place) return;
+    const css = getComputedStyle(document.documentElement), color = name => css.getPropertyValue(name).trim();
+    const {data, layout} = paint(figure, "", css);
+    const axis = given => ({gridcolor: color("--line"), linecolor: color("--line"), zeroline: false, fixedrange: true, ...given});
+    layout.xaxis = axis(layout.xaxis); layout.yaxis = axis(layout.yaxis);
+    Object.assign(layout, {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", dragmode: false,
+      font: {color: color("--text"), size: 12.5, family: "system-ui, sans-serif"},
+      hoverlabel: {bgcolor: color("--card"), bordercolor: color("--line"), font: {color: color("--text"), size: 12.5}, align: "left"}});
+    const hidden = {color: "rgba(0,0,0,0)"}, small = {color: color("--text"), size: 11};
+    if (id === "design") for (const t of data) Object.assign(t, {rangefont: hidden, tickfont: small});
+    Plotly.react(place, data, layout, {responsive: true, displayModeBar: false});
+  };
+  let axis = figures.first;
+  const all = () => { draw("front", figures.front[axis]); draw("design", figures.design); draw("importance", figures.importance); };
+  const buttons = [...document.querySelectorAll("button[data-axis]")];
+  for (const button of buttons) button.addEventListener("click", () => {
+    axis = button.dataset.axis;
+    for (const b of buttons) b.setAttribute("aria-pressed", String(b === button));
+    draw("front", figures.front[axis]);
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all);
+  all();
+})();
+"""
+
+_READING = """
+<p><b>Bits per byte</b> is how many bits the model needs, on average, to predict the next byte of text it has not seen; lower is better.
+It compares models with different vocabularies, which loss per token does not. ± is one standard error over held-out documents: two models
+closer than about twice that cannot be told apart by this run.</p>
+<p><b>Characters per second</b> is text generated, counting one byte as one character. It is the fair measure of speed: a larger vocabulary
+takes longer for a token but needs fewer of them. A <b>request</b> is the whole job, reading the prompt and writing the answer.</p>
+<p><b>The front</b> holds the models that no other candidate beats in both speed and accuracy. Filled marks are that front on every axis;
+the step line is the best accuracy reachable at each value of the axis shown. The <b>default choice</b> (★) is the knee: the point furthest
+below the line joining the front's ends, on a log time scale. Past it, a little accuracy costs a lot of time.</p>
+<p>Scores come from short training, so they rank candidates; they are not what a model reaches when trained in full. <b>Importance</b> says
+how much the values of a parameter among the better half of candidates differ from everyone's (PED-ANOVA); with few trials it is rough.</p>
+"""
+
+PAGE = (
+    """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data: blob:; \
+style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'">
+<title>$title – Edgewise</title><style>"""
+    + _STYLE
+    + """</style></head><body><main>
+<header><p class="brand">Edgewise report</p><h1>$title</h1><dl class="head">$headline</dl></header>
+<section id="choice">$chosen</section>
+<section><h2>Speed against accuracy</h2>$front_note<div class="buttons" role="group" aria-label="Horizontal axis">$buttons</div>
+<div id="front"></div></section>
+<section><h2>What this run shows</h2><ul class="findings">$findings</ul></section>
+<section><h2>The front</h2>$table</section>
+<section><h2>Designs</h2>$design_note<div class="scroll"><div id="design"></div></div></section>
+<section><h2>What matters</h2>$importance_note<div id="importance"></div></section>
+<section><h2>Trials that did not complete</h2>$unfinished</section>
+<section><h2>Where the time went</h2>$stages</section>
+<section><h2>How to read this</h2>"""
+    + _READING
+    + """</section>
+<section><h2>Settings</h2>$settings</section>
+</main>
+<script type="application/json" id="figures">$figures</script>
+<script>$plotly</script>
+<script>"""
+    + _DRAW
+    + """</script></body></html>
+"""
+)
+"""A `string.Template`."""

@@ -1,0 +1,251 @@
+"""A search as it is watched: a live view on a terminal, one parseable line per finished trial anywhere else."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from nas.describe import describe_config, format_bpb, format_bytes, format_count, format_ms, format_rate, format_s
+from nas.evaluation import Evaluation, Speed
+from nas.front import choose, front_of
+
+_ROWS = 10
+"""Models of the front shown while a search runs: the view has to fit on the screen to be redrawn in place."""
+
+_NARROW = 110
+"""Columns below which the table leaves some out, so that the architecture stays readable."""
+
+_LINE_FIELDS = (
+    *("trial", "state", "params", "bytes_per_token", "peak_bytes", "prefill_s", "decode_s_per_token", "request_s", "bytes_per_s"),
+    *("val_bpb", "val_bpb_stderr", "duplicate_of", "reason"),
+)
+
+
+def parseable_line(evaluation: Evaluation) -> str:
+    """One trial as `name=value` words in a fixed order; what is not known is left out.
+
+    Numbers are written in full precision; text that holds anything but word characters is a JSON string.
+    """
+    words = []
+    for name in _LINE_FIELDS:
+        value = getattr(evaluation, name)
+        if value is None:
+            continue
+        plain = not isinstance(value, str) or value.replace("_", "a").isalnum()
+        words.append(f"{name}={value if plain else json.dumps(value)}")
+    return " ".join(words)
+
+
+def front_table(evaluations: Sequence[Evaluation], speed: Speed = "decode", *, most: int | None = None, width: int | None = None) -> Table:
+    """The front as a rich table, fastest first, the default choice marked with ★.
+
+    Args:
+        evaluations: any trials; only complete ones can be on the front.
+        speed: the time traded against bits per byte.
+        most: no more rows than this, the ends and the default choice among them, one line each; a caption says how many
+            are left out.
+        width: columns of the terminal, if known; below `_NARROW` request time and memory are left out.
+    """
+    front = front_of(evaluations, speed)
+    best = choose(front, speed)
+    shown = _spread(front, best, most)
+    names = ["trial", "", "bits/byte", "ms/token", "request", "chars/s", "params", "peak"]
+    rows = [_cells(e, e is best) for e in shown]
+    if width is not None and width < _NARROW:
+        keep = [i for i, name in enumerate(names) if name not in ("request", "peak")]
+        names, rows = [names[i] for i in keep], [[*(row[i] for i in keep), row[-1]] for row in rows]
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold", caption_justify="left")
+    for i, name in enumerate(names):
+        # Figures keep their width; rich would otherwise cut them before the long words of the last column.
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(len(name), *(len(row[i]) for row in rows), 1))
+    table.add_column("architecture")
+    for e, row in zip(shown, rows, strict=True):
+        # `Text`, not `str`: a string would be read as markup.
+        # One that may not wrap is so on the text: a column that may not would take the room of the figures.
+        words = Text(row[-1]) if most is None else Text(row[-1], no_wrap=True, overflow="ellipsis")
+        table.add_row(*(Text(cell) for cell in row[:-1]), words, style="bold" if e is best else None)
+    if len(shown) < len(front):
+        table.caption = Text(f"{len(front) - len(shown)} more on the front")
+    if not front:
+        table.caption = Text("no model on the front yet")
+    return table
+
+
+def _cells(e: Evaluation, is_best: bool) -> list[str]:
+    return [
+        *(str(e.trial), "★" if is_best else ""),
+        *(format_bpb(e.val_bpb, e.val_bpb_stderr), format_ms(e.decode_s_per_token), format_s(e.request_s)),
+        *(format_rate(1 / e.s_per_byte if e.s_per_byte else None), format_count(e.params), format_bytes(e.peak_bytes)),
+        describe_config(e.config) if e.config is not None else "–",
+    ]
+
+
+def _spread(front: Sequence[Evaluation], best: Evaluation | None, most: int | None) -> list[Evaluation]:
+    """At most so many of the front, evenly spread: the best one always, then both ends."""
+    if most is None or len(front) <= most:
+        return list(front)
+    steps = max(1, most - 1)
+    places = {round(i * (len(front) - 1) / steps) for i in range(most)}
+    if best is not None and (at := front.index(best)) not in places:
+        inner = places - {0, len(front) - 1} or places
+        places.remove(min(inner, key=lambda p: abs(p - at)))
+        places.add(at)
+    return [front[i] for i in sorted(places)]
+
+
+class LiveView:
+    """Shows a search on a terminal while it runs; elsewhere, or when quiet, prints a line per finished trial.
+
+    Use it as a context manager. Lines go to stdout; notes go to stderr, and nowhere when quiet.
+
+    Args:
+        speed: the time the search trades against bits per byte.
+        quiet: print lines even on a terminal, and no notes.
+        console: where to draw; stdout by default. It is drawn on only if it is a terminal.
+        errors: where notes go when there is no live view; stderr by default.
+    """
+
+    def __init__(
+        self, *, speed: Speed = "decode", quiet: bool = False, console: Console | None = None, errors: TextIO | None = None
+    ) -> None:
+        self.speed: Speed = speed
+        self.console = console if console is not None else Console()
+        self.quiet = quiet
+        self.errors = errors
+        self.is_live = self.console.is_terminal and not quiet
+        self._live: Live | None = None
+        self._evaluations: list[Evaluation] = []
+        self._earlier = 0
+        self._total: int | None = None
+        self._deadline_s: float | None = None
+        self._began_s = time.monotonic()
+        self._table: tuple[tuple[int, int, int], Table] | None = None
+        self._stage: tuple[int, str, str, float | None, float] | None = None
+
+    def __enter__(self) -> "LiveView":
+        if self.is_live:
+            # Text of the view is made when it is drawn, so that clocks go on while a stage is silent.
+            self._live = Live(get_renderable=self._render, console=self.console, refresh_per_second=4, vertical_overflow="crop")
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stage = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def start(self, total_trials: int | None, deadline_s: float | None, earlier: Sequence[Evaluation] = ()) -> None:
+        """The search begins.
+
+        Args:
+            total_trials: how many trials there will be in all, `earlier` included; None if only time ends it.
+            deadline_s: seconds from now after which no trial is begun; None if only the number ends it.
+            earlier: trials finished before, in a run that is resumed; they are not printed again.
+        """
+        self._total, self._deadline_s = total_trials, deadline_s
+        self._evaluations = list(earlier)
+        self._earlier, self._table = len(earlier), None
+        self._began_s = time.monotonic()
+        self._refresh()
+
+    def stage(self, trial: int, stage_name: str, detail: str = "", fraction: float | None = None) -> None:
+        """Trial `trial` is in this stage, `fraction` (0..1) of it done if known."""
+        now = time.monotonic()
+        began = self._stage[4] if self._stage is not None and self._stage[:2] == (trial, stage_name) else now
+        self._stage = (trial, stage_name, detail, fraction, began)
+
+    def finished(self, evaluation: Evaluation) -> None:
+        """A trial has ended, in whatever state."""
+        self._evaluations.append(evaluation)
+        self._stage = None
+        if not self.is_live:
+            self._write(self.console.file, parseable_line(evaluation))
+        self._refresh()
+
+    def note(self, text: str) -> None:
+        """A sentence for the person watching, kept above the live view."""
+        if self.is_live:
+            self.console.print(Text(text))
+        elif not self.quiet:
+            self._write(self.errors if self.errors is not None else sys.stderr, text)
+
+    @staticmethod
+    def _write(file: Any, line: str) -> None:
+        # Past rich, which would wrap a line at 80 columns; flushed, since someone may be reading a pipe.
+        file.write(line + "\n")
+        file.flush()
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.refresh()
+
+    # --- what is drawn --------------------------------------------------------------------
+
+    def _render(self) -> RenderableType:
+        # Runs in rich's own thread: what the search may change meanwhile is read once.
+        stage, evaluations = self._stage, list(self._evaluations)
+        now = time.monotonic()
+        parts: list[RenderableType] = [self._progress(now, evaluations)]
+        if stage is not None:
+            parts.append(_running(now, *stage))
+        size = (len(evaluations), self.console.width, self.console.height)
+        if self._table is None or self._table[0] != size:
+            room = max(1, min(_ROWS, self.console.height - 7))
+            self._table = (size, front_table(evaluations, self.speed, most=room, width=self.console.width))
+        return Group(*parts, Text(""), self._table[1])
+
+    def _progress(self, now: float, evaluations: Sequence[Evaluation]) -> RenderableType:
+        done, elapsed = len(evaluations), now - self._began_s
+        complete = sum(e.state == "complete" for e in evaluations)
+        share = self._share(done, elapsed)
+        left = self._left_s(done, elapsed)
+        row = Table.grid(padding=(0, 2))
+        words = f"{done}/{self._total} trials" if self._total is not None else f"{done} {'trial' if done == 1 else 'trials'}"
+        cells: list[RenderableType] = [Text(words, style="bold")]
+        if share is not None:
+            cells.append(ProgressBar(total=1.0, completed=share, width=16))
+        cells.append(Text(f"{complete} complete"))
+        cells.append(Text(f"{_clock(elapsed)} elapsed" + ("" if left is None else f", ~{_clock(left)} left")))
+        row.add_row(*cells)
+        return row
+
+    def _share(self, done: int, elapsed: float) -> float | None:
+        shares = [min(1.0, done / self._total)] if self._total else []
+        shares += [min(1.0, elapsed / self._deadline_s)] if self._deadline_s else []
+        return max(shares, default=None)
+
+    def _left_s(self, done: int, elapsed: float) -> float | None:
+        """Seconds left by the mean pace of this session's trials, and at most until the deadline."""
+        left = []
+        if self._deadline_s is not None:
+            left.append(max(0.0, self._deadline_s - elapsed))
+        here = done - self._earlier
+        if self._total is not None and here > 0:
+            left.append(max(0, self._total - done) * elapsed / here)
+        return min(left, default=None)
+
+
+def _running(now: float, trial: int, name: str, detail: str, fraction: float | None, began: float) -> RenderableType:
+    row = Table.grid(padding=(0, 2))
+    cells: list[RenderableType] = [Text(f"trial {trial}"), Text(name, style="cyan")]
+    if fraction is not None:
+        share = min(1.0, max(0.0, fraction))
+        cells += [ProgressBar(total=1.0, completed=share, width=24), Text(f"{share:.0%}")]
+    cells += [Text(_clock(now - began)), Text(detail, style="dim", overflow="ellipsis", no_wrap=True)]
+    row.add_row(*cells)
+    return row
+
+
+def _clock(seconds: float) -> str:
+    whole = int(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

@@ -1,0 +1,259 @@
+"""Byte-level BPE of a chosen vocabulary size, trained on the corpus and kept in a file.
+
+The file is a plain `tokenizer.json` that Hugging Face `tokenizers` loads. What that format has no room
+for (how many bytes a token stands for, which corpus made it) is in NAME.meta.json beside it.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# A DataLoader or child process forked after tokenising would otherwise print a warning and switch threads off itself.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from nas.corpus import Corpus, cut
+from nas.errors import InvalidRun, UserError
+
+END_OF_TEXT = "<|endoftext|>"
+"""The special token between documents, and before the first token of each."""
+MIN_VOCAB_SIZE = 257
+"""256 bytes and the end of text."""
+MAX_TRAINING_BYTES = 8 * 1024 * 1024
+"""Merges learned from more text differ too little to be worth the wait."""
+
+_FORMAT = 1
+_EXCERPT_BYTES = 8 * 1024
+_KEPT = 8
+
+Tokens = npt.NDArray[np.integer[Any]]
+"""Ids, one dimension."""
+
+
+class Tokenizer:
+    """A byte-level BPE: any text to ids and exactly back.
+
+    `vocab_size` is the real number of ids, end of text included; it can be below what was asked for when
+    the corpus has too few repeats. `bytes_per_token` was measured on the training text.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, meta: dict[str, Any], sha256: str) -> None:
+        # Without this a document that spells out <|endoftext|> would end in the middle.
+        inner.encode_special_tokens = True
+        self._inner = inner
+        self.sha256 = sha256
+        self.vocab_size: int = inner.get_vocab_size()
+        self.bytes_per_token = float(meta["bytes_per_token"])
+        self.corpus_sha256 = str(meta["corpus_sha256"])
+        self.requested_vocab_size = int(meta["requested_vocab_size"])
+        end = inner.token_to_id(END_OF_TEXT)
+        if end is None:
+            raise ValueError(f"no {END_OF_TEXT} token")
+        self.end_of_text: int = end
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Tokenizer":
+        """Reads what `train_tokenizer` wrote.
+
+        Raises:
+            InvalidRun: if the file or its .meta.json is missing, damaged, or belongs to another.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            meta = json.loads(_meta_path(path).read_text(encoding="utf-8"))
+            sha256 = hashlib.sha256(text.encode()).hexdigest()
+            if meta["format"] != _FORMAT or meta["sha256"] != sha256:
+                raise ValueError(f"{_meta_path(path).name} was made for another file")
+            return cls(tokenizers.Tokenizer.from_str(text), meta, sha256)
+        except OSError as error:
+            raise InvalidRun(f"tokenizer {str(error.filename)!r} cannot be read ({error.strerror}); train it again") from error
+        except Exception as error:  # `tokenizers` raises bare Exception on a malformed file
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InvalidRun(f"tokenizer {str(path)!r} is damaged ({reason}); delete it, and it is trained again") from error
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; no end of text is added."""
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, on all cores."""
+        return [e.ids for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids; bytes that are not UTF-8 (half a character) become U+FFFD."""
+        text: str = self._inner.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json that Hugging Face `tokenizers` loads."""
+        text: str = self._inner.to_str(pretty=False)
+        return text
+
+
+def train_tokenizer(corpus: Corpus, vocab_size: int, path: str | Path) -> Tokenizer:
+    """A tokenizer of at most `vocab_size` ids for this corpus, read from `path` if it is already there.
+
+    Only training text is used, at most 8 MB of it, and the result is the same every time. A file made
+    for another corpus or size, or a damaged one, is replaced.
+
+    Raises:
+        UserError: if `vocab_size` is below 257.
+    """
+    path = Path(path)
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(
+            f"vocab_size={vocab_size} is below {MIN_VOCAB_SIZE}, the 256 bytes and the end of text; choose {MIN_VOCAB_SIZE} or more"
+        )
+    try:
+        cached = Tokenizer.from_file(path)
+    except InvalidRun:
+        pass
+    else:
+        if (cached.corpus_sha256, cached.requested_vocab_size) == (corpus.sha256, vocab_size):
+            return cached
+
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    inner.decoder = decoders.ByteLevel()
+    # Sorted, as the alphabet comes in an order that changes from process to process.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    sample = list(_sample(corpus.train, MAX_TRAINING_BYTES))
+    inner.train_from_iterator(sample, trainer)
+    inner.encode_special_tokens = True
+    tokens = sum(len(e.ids) for e in inner.encode_batch(sample, add_special_tokens=False))
+
+    text = inner.to_str(pretty=False)
+    sha256 = hashlib.sha256(text.encode()).hexdigest()
+    meta = {
+        "format": _FORMAT,
+        "sha256": sha256,
+        "corpus_sha256": corpus.sha256,
+        "requested_vocab_size": vocab_size,
+        "vocab_size": inner.get_vocab_size(),
+        "bytes_per_token": sum(len(t.encode()) for t in sample) / tokens,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(path, text)
+    # Last, as its hash of the first vouches for both.
+    _write_whole(_meta_path(path), json.dumps(meta, indent=1) + "\n")
+    return Tokenizer(inner, meta, sha256)
+
+
+def _sample(documents: Sequence[str], most_bytes: int) -> Iterator[str]:
+    """Documents spread evenly over the corpus, up to `most_bytes` of UTF-8."""
+    sizes = [len(d.encode()) for d in documents]
+    step = max(1.0, sum(sizes) / most_bytes)
+    position = taken = 0.0
+    # Walks the corpus by bytes: a document is in when the share taken so far lags behind 1/step.
+    for document, size in zip(documents, sizes, strict=True):
+        position += size
+        if taken + size <= position / step + 1e-6 or taken == 0:
+            taken += size
+            # A first document longer than the whole sample is cut.
+            yield document if size <= most_bytes else document.encode()[:most_bytes].decode(errors="ignore")
+
+
+class TokenisedCorpus:
+    """A corpus in one tokenizer's ids, made as they are asked for and kept."""
+
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._corpus = tokenizer, corpus
+        self._excerpts, self._sizes = _excerpts(corpus)
+        self._ids: dict[int, Tokens] = {}
+        self._validation: list[Tokens] | None = None
+        self.validation_bytes = [len(d.encode()) for d in corpus.validation]
+
+    def validation(self) -> list[Tokens]:
+        """Ids of each held-out document."""
+        if self._validation is None:
+            encoded = self._tokenizer.encode_batch(self._corpus.validation)
+            self._validation = [np.asarray(ids, dtype=np.int32) for ids in encoded]
+        return self._validation
+
+    def stream(self, most_bytes: int, seed: int) -> tuple[Tokens, int]:
+        """Training text in random order, an end of text before each excerpt and after the last, and its bytes.
+
+        The bytes are `most_bytes`, less the rest of a character that does not fit. Every excerpt is read once
+        before any is read again. The order depends on the seed and the corpus, not on the tokenizer.
+        """
+        generator = np.random.default_rng((seed, 0))
+        whole: list[int] = []
+        left = most_bytes
+        while True:
+            for i in generator.permutation(len(self._excerpts)).tolist():
+                if self._sizes[i] > left:
+                    head = self._excerpts[i].encode()[:left].decode(errors="ignore")
+                    return self._join(whole, head), most_bytes - left + len(head.encode())
+                whole.append(i)
+                left -= self._sizes[i]
+
+    def _join(self, whole: list[int], head: str) -> Tokens:
+        new = sorted(set(whole) - self._ids.keys())
+        for i, ids in zip(new, self._tokenizer.encode_batch([self._excerpts[i] for i in new]), strict=True):
+            self._ids[i] = np.asarray(ids, dtype=np.int32)
+        parts = [self._ids[i] for i in whole]
+        if head:
+            parts.append(np.asarray(self._tokenizer.encode(head), dtype=np.int32))
+        end = np.asarray([self._tokenizer.end_of_text], dtype=np.int32)
+        return np.concatenate([end, *(piece for part in parts for piece in (part, end))])
+
+
+@lru_cache(maxsize=2)
+def _excerpts(corpus: Corpus) -> tuple[list[str], list[int]]:
+    """Pieces of about 8 KB of the training documents, and their bytes.
+
+    A few long documents would be all that a short budget reads; excerpts of many say more about the corpus
+    (512 KB of State of the Union text is 10 speeches, or parts of 60).
+    """
+    pieces = [piece for document in corpus.train for piece in cut(document, _EXCERPT_BYTES)]
+    return pieces, [len(piece.encode()) for piece in pieces]
+
+
+_TOKENISED: "OrderedDict[tuple[str, str], TokenisedCorpus]" = OrderedDict()
+
+
+def tokenised(corpus: Corpus, tokenizer: Tokenizer) -> TokenisedCorpus:
+    """The corpus in this tokenizer's ids, shared by the trials of a process; the last few pairs are kept."""
+    key = (corpus.sha256, tokenizer.sha256)
+    if key not in _TOKENISED:
+        _TOKENISED[key] = TokenisedCorpus(corpus, tokenizer)
+        while len(_TOKENISED) > _KEPT:
+            _TOKENISED.popitem(last=False)
+    _TOKENISED.move_to_end(key)
+    return _TOKENISED[key]
+
+
+def _meta_path(path: Path) -> Path:
+    return path.with_suffix(".meta.json")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

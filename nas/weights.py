@@ -1,0 +1,71 @@
+"""Trained weights on disk: safetensors, every parameter once under its name in `SLM`, facts in the header."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from nas.errors import InvalidRun
+from nas.evaluation import write_whole
+from search_spaces.config import SLMConfig
+from search_spaces.model import SLM
+
+_FACTS = "edgewise"
+_OTHER = "it is not from the same model as its config.json"
+
+
+def save_weights(path: Path, model: SLM, facts: Mapping[str, Any]) -> Path:
+    """Writes a model's parameters whole; tied and shared ones once.
+
+    Args:
+        path: the file.
+        model: on any device.
+        facts: JSON values for the header, such as the score: one write keeps both or neither.
+    """
+    tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    # One entry only: safetensors writes several in an order that changes from process to process.
+    header = {_FACTS: json.dumps({"config": model.config.key, **facts}, allow_nan=False)}
+    return write_whole(path, save(tensors, metadata=header))
+
+
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """The facts that `save_weights` put in the header; None if there is no such file, or it is not a whole one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})[_FACTS])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) else None
+
+
+def load_weights(path: Path, config: SLMConfig) -> SLM:
+    """The model of a config with the weights of a file, in evaluation mode.
+
+    Raises:
+        InvalidRun: if the file is missing or damaged, or its tensors are not those of the config.
+    """
+    model = SLM(config)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            wanted = dict(model.named_parameters())
+            for name, parameter in wanted.items():
+                if name not in names:
+                    raise InvalidRun(f"{path} lacks the tensor {name!r} of this architecture; {_OTHER}")
+                shape = tuple(file.get_slice(name).get_shape())
+                if shape != tuple(parameter.shape):
+                    raise InvalidRun(f"{path}: tensor {name!r} has shape {list(shape)}, not {list(parameter.shape)}; {_OTHER}")
+            extra = sorted(names - wanted.keys())
+            if extra:
+                raise InvalidRun(f"{path} has the tensor {extra[0]!r}, which this architecture lacks; {_OTHER}")
+            with torch.no_grad():
+                for name, parameter in wanted.items():
+                    parameter.copy_(file.get_tensor(name))
+    except (OSError, SafetensorError) as error:
+        reason = "there is no such file" if not path.exists() else str(error).splitlines()[0]
+        raise InvalidRun(f"{path} cannot be read ({reason}); export the model again") from error
+    return model.eval()

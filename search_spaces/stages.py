@@ -1,0 +1,216 @@
+"""A config and request lengths -> the distinct stages a device compiles, and how they chain.
+
+A stage stands for every layer of the same structure: block i of a config is block 0 of a one-layer config
+that keeps only what the block's structure depends on, so equal blocks of different candidates share a key.
+
+Shape suffixes as in `model.py`; every stage runs with batch 1.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+
+from search_spaces.config import SLMConfig
+from search_spaces.model import SLM, Block, Embed, Head
+
+Phase = Literal["prefill", "decode"]
+Kind = Literal["embed", "block", "head"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSpec:
+    """A distinct stage: what to export, and under which identity.
+
+    Attributes:
+        kind: embed, block or head.
+        phase: prefill (`tokens` rows, no cache) or decode (one row against a cache of any length).
+        config: a one-layer config holding what the stage depends on; the rest at fixed values.
+        tokens: rows of a prefill; 1 for decode.
+    """
+
+    kind: Kind
+    phase: Phase
+    config: SLMConfig
+    tokens: int
+
+    @property
+    def key(self) -> str:
+        """Content identity, equal in every process for equal stages."""
+        text = json.dumps([self.kind, self.phase, self.tokens, self.config.to_dict()], sort_keys=True)
+        return f"{self.kind}_{self.phase}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def export(self) -> ExportedProgram:
+        """The stage as a standard exported program; weights are uninitialised."""
+        return _export(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageUse:
+    """One place in the model where a stage runs.
+
+    Attributes:
+        spec: the stage.
+        layer: the effective layer for a block, else None.
+        weights: the stage's own parameter and buffer names -> names in `SLM`.
+    """
+
+    spec: StageSpec
+    layer: int | None
+    weights: dict[str, str]
+
+
+def cache_names(config: SLMConfig) -> tuple[str, str]:
+    """Names of the two tensors one layer caches."""
+    return ("latent", "k_rope") if config.attention == "mla" else ("k", "v")
+
+
+def cache_row_shapes(config: SLMConfig, layer: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of one cached row (one token) of each of the two tensors."""
+    assert config.head_dim is not None and config.rotary_dim is not None
+    if config.attention == "mla":
+        return (config.kv_rank,), (config.rotary_dim,)
+    row = (config.layer(layer).num_kv_heads, config.head_dim)
+    return row, row
+
+
+def stage_uses(config: SLMConfig, phase: Phase, tokens: int) -> Iterator[StageUse]:
+    """The stages of one phase in the order they run.
+
+    Args:
+        tokens: rows of a prefill; ignored (1) for decode.
+    """
+    tokens = 1 if phase == "decode" else tokens
+    spec = functools.partial(StageSpec, phase=phase, tokens=tokens)
+    embed_config, head_config = _embed_config(config), _head_config(config)
+    with torch.device("meta"):
+        embed, head = Embed(embed_config), Head(head_config, None)
+    tied = "embed.tokens.weight" if config.tie_embeddings else "head.weight"
+    yield StageUse(spec=spec(kind="embed", config=embed_config), layer=None, weights={n: f"embed.{n}" for n in _tensor_names(embed)})
+    blocks: dict[SLMConfig, list[str]] = {}
+    for i, shape in enumerate(config.layers()):
+        block_config = _block_config(config, i)
+        if block_config not in blocks:
+            blocks[block_config] = _tensor_names(SLM(block_config, device="meta").block(0))
+        weights = {}
+        for name in blocks[block_config]:
+            part, _, rest = name.partition(".")
+            index = shape.attention_index if part == "attention" else shape.ffn_index
+            weights[name] = f"{part}s.{index}.{rest}"
+        yield StageUse(spec=spec(kind="block", config=block_config), layer=i, weights=weights)
+    weights = {n: tied if n == "weight" else f"head.{n}" for n in _tensor_names(head)}
+    yield StageUse(spec=spec(kind="head", config=head_config), layer=None, weights=weights)
+
+
+def _tensor_names(module: nn.Module) -> list[str]:
+    return [n for n, _ in module.named_parameters()] + [n for n, _ in module.named_buffers()]
+
+
+def _block_config(config: SLMConfig, layer: int) -> SLMConfig:
+    shape = config.layer(layer)
+    kind = config.attention
+    if kind in ("mha", "gqa", "mqa"):
+        kind = "mha" if shape.num_heads == shape.num_kv_heads else "mqa" if shape.num_kv_heads == 1 else "gqa"
+    return dataclasses.replace(
+        config,
+        attention=kind, num_layers=1, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, ffn_dim=shape.ffn_dim,
+        vocab_size=2, context=1, rope_theta=10000.0, position_offset=0, tie_embeddings=True, head_bias=False, embedding_scale=1.0,
+        sharing="none", shared_parts="both", num_unique_layers=None,
+    )  # fmt: skip
+
+
+def _plain(config: SLMConfig) -> dict[str, object]:
+    """What embed and head have in common: a width and nothing of the blocks."""
+    return {"d_model": config.d_model, "num_layers": 1, "num_heads": 1, "ffn": "standard", "ffn_dim": 1, "positions": "learned", "context": 1}
+
+
+def _embed_config(config: SLMConfig) -> SLMConfig:
+    values = _plain(config) | {"context": config.context, "positions": config.positions, "position_offset": config.position_offset}
+    if config.positions == "rotary":
+        values |= {"head_dim": config.rotary_dim, "rotary_dim": config.rotary_dim, "rope_theta": config.rope_theta}
+    return SLMConfig(vocab_size=config.vocab_size, embedding_scale=config.embedding_scale, **values)  # type: ignore[arg-type]
+
+
+def _head_config(config: SLMConfig) -> SLMConfig:
+    values = _plain(config) | {"norm": config.norm, "norm_eps": config.norm_eps, "norm_bias": config.norm_bias, "head_bias": config.head_bias}
+    return SLMConfig(vocab_size=config.vocab_size, **values)  # type: ignore[arg-type]
+
+
+class _EmbedStage(nn.Module):
+    """tokens_1S, positions_S -> x_1SD [, cos_SR, sin_SR]."""
+
+    def __init__(self, embed: Embed, rotary: bool) -> None:
+        super().__init__()
+        self.stage, self.rotary = embed, rotary
+        # A device gets the table as a weight; left non-persistent it would be baked into the program.
+        embed.register_buffer("rope", embed.rope, persistent=True)
+
+    def forward(self, tokens_1S: Tensor, positions_S: Tensor) -> tuple[Tensor, ...]:
+        x, cos, sin = self.stage(tokens_1S, positions_S)
+        return (x, cos, sin) if self.rotary else (x,)
+
+
+class _BlockStage(nn.Module):
+    """x_1SD [, cos_SR, sin_SR] [, cache...] -> x_1SD, new rows."""
+
+    def __init__(self, block: Block, rotary: bool, phase: Phase) -> None:
+        super().__init__()
+        self.stage, self.rotary, self.phase = block, rotary, phase
+
+    def forward(self, x_1SD: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        cut = 2 if self.rotary else 0
+        rope = (rest[0], rest[1]) if self.rotary else (x_1SD, x_1SD)  # unused without rotary
+        if self.phase == "prefill":
+            y, rows = self.stage.prefill(x_1SD, rope)
+        else:
+            y, rows = self.stage.decode(x_1SD, rope, rest[cut:])
+        return (y, *rows)
+
+
+class _HeadStage(nn.Module):
+    """x_1SD -> logits_11V of the last row only."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.stage = head
+
+    def forward(self, x_1SD: Tensor) -> tuple[Tensor]:
+        return (self.stage(x_1SD[:, -1:]),)
+
+
+def _export(spec: StageSpec) -> ExportedProgram:
+    config, S = spec.config, spec.tokens
+    rotary = config.positions == "rotary"
+    args: tuple[Tensor, ...]
+    dynamic: tuple[object, ...]
+    if spec.kind == "embed":
+        module: nn.Module = _EmbedStage(Embed(config), rotary)
+        args = (torch.zeros(1, S, dtype=torch.int64), torch.arange(S))
+        dynamic = (None, None)
+    elif spec.kind == "head":
+        module = _HeadStage(Head(config, None))
+        args, dynamic = (torch.zeros(1, S, config.d_model),), (None,)
+    else:
+        module = _BlockStage(SLM(config).block(0), rotary, spec.phase)
+        half = (config.rotary_dim or 0) // 2
+        # Every input is a tensor of its own: export takes the same tensor given twice for one input.
+        inputs = [torch.zeros(1, S, config.d_model), *(torch.zeros(S, half) for _ in range(2 if rotary else 0))]
+        caches = []
+        if spec.phase == "decode":
+            caches = [torch.zeros(1, 37, *row) for row in cache_row_shapes(config, 0)]
+        args = (*inputs, *caches)
+        rows = Dim("C", min=2, max=1 << 20)
+        # A *args forward takes its dynamic shapes as one nested tuple after the named argument.
+        rest = (*(None for _ in inputs[1:]), *({1: rows} for _ in caches))
+        dynamic = (None, rest) if rest else (None,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch warns about its own internals here
+        return export(module.eval(), args, dynamic_shapes=dynamic, strict=False)

@@ -1,0 +1,108 @@
+"""Matrix products: packed weights (`packed_product`) and activations by activations (`product`)."""
+
+from typing import Any
+
+from tvm import tirx
+
+from targets.cpu import Cpu
+from targets.schedules.blocks import inline_all, int_or_none, output_block
+
+PARALLEL_FLOPS = 1 << 17
+"""Products below this many operations run on one thread: waking the others costs more."""
+
+
+def schedule_packed_product(sch: Any, cpu: Cpu) -> None:
+    """Register tiles of `tile_rows` x `tile_columns` over a packed weight, the epilogue taken along.
+
+    Weight tiles are the outer, parallel loop, so each is fetched from memory once; rows come inside.
+    A last, smaller row tile is split off by loop partitioning instead of being guarded in the inner loop.
+    """
+    product = sch.get_sblock("packed_product")
+    out = _epilogue(sch, product)
+    *lead, n = sch.get_loops(out)
+    m = lead[0] if len(lead) == 1 else sch.fuse(*lead)
+    rows, columns = int_or_none(sch.get(m).extent), int_or_none(sch.get(n).extent)
+    assert rows is not None and columns is not None, "packed products have static shapes"
+    depth = int_or_none(sch.get(sch.get_loops(product)[-1]).extent)
+    assert depth is not None
+    tile_rows = min(rows, cpu.tile_rows)
+    m_outer, m_inner = sch.split(m, [None, tile_rows])
+    n_outer, n_inner = sch.split(n, [None, cpu.tile_columns])
+    sch.reorder(n_outer, m_outer, m_inner, n_inner)
+    sch.compute_at(product, m_outer, preserve_unit_loops=True)
+    *_, row, column, k = sch.get_loops(product)
+    k_outer, k_inner = sch.split(k, [None, next(u for u in (4, 2, 1) if depth % u == 0)])
+    vector, lane = sch.split(column, [None, cpu.lanes])
+    sch.reorder(k_outer, k_inner, row, vector, lane)
+    sch.vectorize(lane)
+    for loop in (vector, row, k_inner):
+        sch.unroll(loop)
+    if columns % cpu.tile_columns == 0:
+        out_vector, out_lane = sch.split(n_inner, [None, cpu.lanes])
+        sch.vectorize(out_lane)
+        sch.unroll(out_vector)
+    if rows % tile_rows:
+        sch.annotate(m_outer, "pragma_loop_partition_hint", 1)
+    if 2 * rows * columns * depth >= PARALLEL_FLOPS:
+        sch.parallel(n_outer)
+    init = sch.decompose_reduction(product, k_outer)
+    *_, init_row, init_vector, init_lane = sch.get_loops(init)
+    sch.vectorize(init_lane)
+    sch.unroll(init_vector)
+    sch.unroll(init_row)
+
+
+def schedule_product(sch: Any, cpu: Cpu) -> None:
+    """A batched product whose second operand is read in place, through whatever view it is.
+
+    Where the innermost read runs along k (scores), k is reduced in vectors; else (values) a row of
+    outputs is kept in registers while k runs outside.
+    """
+    product = sch.get_sblock("product")
+    out = _epilogue(sch, product)
+    *lead, m, n = sch.get_loops(out)
+    batch = sch.fuse(*lead) if len(lead) > 1 else lead[0]
+    columns = int_or_none(sch.get(n).extent)
+    rows = int_or_none(sch.get(m).extent)
+    along_k = _innermost_is_reduction(sch, product)
+    if along_k:
+        sch.reorder(n, batch, m)
+        sch.compute_at(product, m, preserve_unit_loops=True)
+        k = sch.get_loops(product)[-1]
+        if columns is None:
+            sch.parallel(n)
+        sch.decompose_reduction(product, k)
+        return
+    sch.compute_at(product, m, preserve_unit_loops=True)
+    *_, column, k = sch.get_loops(product)
+    sch.reorder(k, column)
+    if columns is not None and columns % cpu.lanes == 0:
+        vector, lane = sch.split(column, [None, cpu.lanes])
+        sch.vectorize(lane)
+        sch.unroll(vector)
+    if rows is not None and int_or_none(sch.get(k).extent) is None:
+        sch.parallel(sch.fuse(batch, m))
+    init = sch.decompose_reduction(product, k)
+    if columns is not None and columns % cpu.lanes == 0:
+        _, lane = sch.split(sch.get_loops(init)[-1], [None, cpu.lanes])
+        sch.vectorize(lane)
+
+
+def _epilogue(sch: Any, product: Any) -> Any:
+    """Inlines everything after the product into one output block; gives the product a local result."""
+    out = output_block(sch)
+    if sch.get(out).same_as(sch.get(product)):
+        sch.cache_write(product, 0, "local")
+        return output_block(sch)
+    inline_all(sch, keep=(product, out))
+    sch.set_scope(product, 0, "local")
+    return out
+
+
+def _innermost_is_reduction(sch: Any, product: Any) -> bool:
+    """Whether the second operand's last index is the reduction axis."""
+    block = sch.get(product)
+    reduce_vars = {iter_var.var for iter_var in block.iter_vars if iter_var.iter_type == tirx.IterVar.CommReduce}
+    region = block.reads[1].region[-1]
+    return region.min in reduce_vars
+

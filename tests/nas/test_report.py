@@ -1,0 +1,257 @@
+import html
+import itertools
+import json
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nas.charts import AXES, design_figure, front_figures, hover, importance_figure
+from nas.evaluation import Evaluation
+from nas.front import front_of
+from nas.report import Reference, write_report
+from search_spaces.config import SLMConfig
+
+EVIL = '<img src=x onerror="alert(1)"></script><b>&amp;'
+MANIFEST = {
+    "device": {"name": f"board {EVIL}", "cores": 2},
+    "created": "2025-01-02 03:04",
+    "corpus": {"name": "speeches", "sha256": "ab"},
+    "settings": {"train_bytes": 524_288, "speed": "decode"},
+    EVIL: EVIL,
+}
+
+
+def run(count: int, seed: int = 0) -> list[Evaluation]:
+    rng = random.Random(seed)
+    evaluations = []
+    for i in range(count):
+        width, layers, kind = rng.choice([32, 64, 96]), rng.randint(1, 6), rng.choice(["mha", "mqa"])
+        config = SLMConfig(vocab_size=512, d_model=width, num_layers=layers, attention=kind, num_heads=4, head_dim=16)
+        params = 12 * layers * width * width + 512 * width
+        base = Evaluation(trial=i, config=config, params=params, params_drawn={"width": width, "layers": layers, "kind": kind, EVIL: i % 3})
+        if i % 7 == 3:
+            evaluations.append(base.evolve(state="failed", reason=f"compile: {EVIL}", stage_s={"compile": 30.0}))
+            continue
+        token_s = params * 1e-9 * rng.uniform(1, 1.5)
+        evaluations.append(
+            base.evolve(
+                state="complete",
+                bytes_per_token=2.0,
+                peak_bytes=5 * params,
+                prefill_s=token_s * 50,
+                decode_s_per_token=token_s,
+                request_s=token_s * 200,
+                val_bpb=3.5 - params * 1e-7 - rng.uniform(0, 0.3),
+                val_bpb_stderr=0.02,
+                stage_s={"train": 60.0, "compile": 6.0},
+            )
+        )
+    return evaluations
+
+
+class Page(HTMLParser):
+    """The tags, visible text and scripts of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.words: list[str] = []
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return json.loads(self.scripts[0])  # type: ignore[no-any-return]
+
+
+def page(tmp_path: Path, evaluations: list[Evaluation], **kwargs: Any) -> Page:
+    path = write_report(f"run {EVIL}", evaluations, MANIFEST, tmp_path / "out" / "report.html", **kwargs)
+    assert path == tmp_path / "out" / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    evaluations = run(40)
+    reference = Reference(name=f"known {EVIL}", evaluation=evaluations[0].evolve(val_bpb=3.0))
+    return page(tmp_path_factory.mktemp("report"), evaluations, references=[reference])
+
+
+def test_page_is_whole_and_needs_no_network(forty: Page) -> None:
+    assert not [attrs for _, attrs in forty.tags if {"src", "href", "data", "action"} & attrs.keys()]
+    assert {tag for tag, _ in forty.tags}.isdisjoint({"link", "img", "iframe", "object"})
+    assert "plotly.js v" in forty.scripts[1]
+    assert len(forty.scripts) == 3
+    policy = next(attrs["content"] for tag, attrs in forty.tags if attrs.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+
+
+def test_size_is_plotly_and_little_more(tmp_path: Path) -> None:
+    size = write_report("run", run(200), {}, tmp_path / "r.html").stat().st_size
+    assert 3e6 < size < 7e6
+
+
+def test_text_from_outside_is_escaped_everywhere(forty: Page) -> None:
+    # As text it is there, as markup nowhere: no such tags, and no `<` at all in the charts' data.
+    assert f"run {EVIL}" in forty.text
+    assert f"board {EVIL}" in forty.text
+    assert f"compile: {EVIL}" in forty.text
+    assert "onerror" not in {name for _, attrs in forty.tags for name in attrs}
+    assert "<" not in forty.scripts[0]
+    drawn = json.dumps(forty.figures, ensure_ascii=False)
+    assert "<img" not in drawn
+    assert "&lt;img" in drawn
+    assert "‹img" in drawn
+
+
+def test_headline_and_sections(forty: Page) -> None:
+    for words in (
+        "2025-01-02 03:04",
+        "speeches",
+        "524 kB",
+        "34 of 40 complete",
+        "How to read this",
+        "Default choice",
+        "What this run shows",
+    ):
+        assert words in forty.text
+
+
+def test_figures_are_valid_plotly(forty: Page) -> None:
+    import plotly.graph_objects as go
+
+    figures = forty.figures
+    assert figures["first"] == "chars"
+    assert list(figures["front"]) == [axis.key for axis in AXES]
+    for figure in (*figures["front"].values(), figures["design"], figures["importance"]):
+        plain = json.loads(re.sub(r'"color": "--\w+"', '"color": "#123456"', json.dumps(figure)))
+        go.Figure(plain)
+
+
+def test_every_complete_trial_is_drawn_once_and_no_other() -> None:
+    evaluations = run(40)
+    complete = [e for e in evaluations if e.state == "complete"]
+    for figure in front_figures(evaluations, "decode").values():
+        marks = {t["name"]: t for t in figure["data"] if t["mode"] == "markers"}
+        assert sum(len(t["x"]) for t in marks.values()) == len(complete)
+        assert len(marks["default choice"]["x"]) == 1
+        assert len(marks["on the front"]["x"]) + 1 == len(front_of(evaluations, "decode"))
+        assert marks["other candidates"]["error_y"]["array"] == [0.02] * len(marks["other candidates"]["x"])
+
+
+@pytest.mark.parametrize("axis", [a for a in AXES if a.key in ("chars", "request", "params")], ids=lambda a: a.key)
+def test_step_line_is_the_best_reachable(axis: Any) -> None:
+    evaluations = [e for e in run(40) if e.state == "complete"]
+    figure = front_figures(evaluations, "decode")[axis.key]
+    line = figure["data"][0]
+    # Towards worse values the best so far holds until the next corner: speeds worsen to the left, everything else to the right.
+    assert line["line"]["shape"] == ("vh" if axis.rate else "hv")
+    corners = list(zip(line["x"], line["y"], strict=True))
+    for x, y in corners:
+        reachable = [e.val_bpb for e in evaluations if (axis.value(e) >= x if axis.rate else axis.value(e) <= x)]
+        assert y == min(reachable)
+    for (_, y0), (_, y1) in itertools.pairwise(corners):
+        assert y1 >= y0 if axis.rate else y1 <= y0
+    low, high = figure["layout"]["xaxis"]["range"]
+    assert all(10**low * 0.999 <= x <= 10**high * 1.001 for x in line["x"])
+    assert len(figure["layout"]["xaxis"]["tickvals"]) >= 4
+
+
+def test_first_axis_is_the_searched_one(tmp_path: Path) -> None:
+    for speed, first in (("decode", "chars"), ("prefill", "prefill"), ("request", "request")):
+        shown = page(tmp_path, run(10), speed=speed)
+        assert shown.figures["first"] == first
+        pressed = [attrs["data-axis"] for tag, attrs in shown.tags if tag == "button" and attrs["aria-pressed"] == "true"]
+        assert pressed == [first]
+
+
+def test_axes_without_figures_have_no_button(tmp_path: Path) -> None:
+    bare = [e.evolve(decode_s_per_token=None, peak_bytes=None) for e in run(10)]
+    shown = page(tmp_path, bare, speed="request")
+    assert list(shown.figures["front"]) == ["request", "prefill", "params"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4])
+def test_small_runs(tmp_path: Path, count: int) -> None:
+    shown = page(tmp_path, run(count))
+    assert f"{count - count // 4} of {count} complete" in shown.text
+    assert re.search(r"Importance needs 8 different complete trials; there are \d", shown.text)
+    assert shown.figures["importance"] is None
+    assert "How to read this" in shown.text
+
+
+def test_no_complete_trial(tmp_path: Path) -> None:
+    shown = page(tmp_path, [e for e in run(40) if e.state == "failed"])
+    assert "there is no model to choose" in shown.text
+    assert "Nothing to draw yet" in shown.text
+    assert f"compile: {EVIL}" in shown.text
+    assert shown.figures == {"front": {}, "first": "", "design": None, "importance": None}
+
+
+def test_records_without_a_config_are_shown(tmp_path: Path) -> None:
+    shown = page(tmp_path, [e.evolve(config=None, params_drawn={}, params=None) for e in run(12)])
+    assert "architecture unknown" in shown.text
+    assert "No drawn parameter is known to vary" in shown.text
+
+
+def test_minutes_by_stage(forty: Page) -> None:
+    # 34 complete trials: 60 s of training, 6 s of compiling; 6 failed: 30 s of compiling.
+    for words in ("34.0 min", "6.4 min", "40.4 minutes in all, over 40 trials"):
+        assert words in forty.text
+
+
+def test_table_has_the_front_in_words(forty: Page) -> None:
+    front = front_of(run(40), "decode")
+    for e in front:
+        assert f"{e.val_bpb:.3f} ± 0.020" in forty.text
+    assert any(attrs.get("class") == "best" for tag, attrs in forty.tags if tag == "tr")
+
+
+def test_design_axes_are_those_that_vary() -> None:
+    figure = design_figure(run(40), "decode")
+    assert figure is not None
+    dimensions = {d["label"]: d for d in figure["data"][0]["dimensions"]}
+    assert {"bits per byte", "characters/s", "layers", "width", "attention", "kv heads"} <= dimensions.keys()
+    assert "activation" not in dimensions
+    assert dimensions["attention"]["ticktext"] == ["MHA", "MQA"]
+    assert len({len(d["values"]) for d in dimensions.values()}) == 1
+    assert design_figure(run(2), "decode") is None
+
+
+def test_importance_bars_are_the_largest_first_from_above() -> None:
+    figure = importance_figure(({"a": 0.7, "b": 0.2, "c": 0.1}, {"a": 0.1, "b": 0.1, "c": 0.8}), most=2)
+    assert [bar["y"] for bar in figure["data"]] == [["a", "c"], ["a", "c"]]
+    assert figure["data"][1]["x"] == [0.7, 0.1]
+
+
+def test_hover_says_the_architecture_and_escapes_names() -> None:
+    evaluation = run(1)[0]
+    text = hover(evaluation, EVIL)
+    assert text.startswith(f"<b>{html.escape(EVIL)}</b><br>")
+    assert "gated SiLU" in text
+    assert set(re.findall(r"<[^>]*>", text)) == {"<b>", "</b>", "<br>"}
