@@ -29,4 +29,6 @@ class BytesBaseline:
         count = params(config)
         prefill_s = 2 * count * tokens.prompt / spec.flops_per_s
         decode_s = (4 * count + kv_bytes(config, tokens.mid_context)) / spec.read_bytes_per_s
-        return Estimate(model=self.name, prefill_s=prefill_s, decode_s_per_token=decode_s, request_s=prefill_s + tokens.generated * decode_s)
+        return Estimate(
+            model=self.name, prefill_s=prefill_s, decode_s_per_token=decode_s, request_s=prefill_s + tokens.generated * decode_s
+        )

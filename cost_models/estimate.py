@@ -33,5 +33,3 @@ class CostModel(Protocol):
     def estimate(self, config: SLMConfig, tokens: RequestTokens, spec: DeviceSpec) -> Estimate:
         """The predicted times; called for every candidate, so it must cost microseconds."""
         ...
-
-

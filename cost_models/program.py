@@ -53,6 +53,8 @@ def _function(config: SLMConfig, phase: Phase, rows: int, uses: list[StageUse]) 
     rope = ("cos", "sin") if config.positions == "rotary" else ()
     state = {name: TensorSpec(shape=shape) for name, shape in _state(config)} if phase == "decode" else {}
     calls, outputs = [], ["logits"]
+    names_in: tuple[str, ...]
+    names_out: tuple[str, ...]
     for use in uses:
         if use.spec.kind == "embed":
             names_in, names_out = ("tokens", "positions"), ("x", *rope)

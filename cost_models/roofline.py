@@ -38,4 +38,6 @@ class Roofline:
             decode_flops(config, tokens.mid_context),
             sum(bytes_read_by_component(config, context=tokens.mid_context).values()),
         )
-        return Estimate(model=self.name, prefill_s=prefill_s, decode_s_per_token=decode_s, request_s=prefill_s + tokens.generated * decode_s)
+        return Estimate(
+            model=self.name, prefill_s=prefill_s, decode_s_per_token=decode_s, request_s=prefill_s + tokens.generated * decode_s
+        )

@@ -160,13 +160,12 @@ def _show_outcome(outcome: "Outcome", where: Path, speed: "Speed", as_json: bool
 
     if as_json:
         click.echo(json.dumps(front_json(outcome.front, speed), indent=1))
-    elif outcome.front and sys.stdout.isatty():
-        _print_front(outcome.evaluations, speed)
     if outcome.interrupted:
-        _say(f"interrupted after {len(outcome.evaluations)} trials; the same command goes on from there; so far: {where / 'report.html'}")
+        _say(f"interrupted with {len(outcome.evaluations)} trials done; the same command goes on from there; so far: {where / 'report.html'}")
         raise click.exceptions.Exit(1)
     if outcome.front and outcome.chosen is not None:
-        _say(f"{len(outcome.front)} models on the front of {where}; report: {where / 'report.html'}")
+        models = "model is" if len(outcome.front) == 1 else "models are"
+        _say(f"{len(outcome.front)} {models} on the front: edgewise front {where}; report: {where / 'report.html'}")
         _say(f"take the default choice: edgewise export {where} --trial {outcome.chosen.trial} --to DIR")
         return
     states = [e.state for e in outcome.evaluations]

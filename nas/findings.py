@@ -14,7 +14,7 @@ from typing import Any
 from nas.describe import attention_words, design_facts, format_bpb, format_count, format_rate, format_s, significant
 from nas.evaluation import Evaluation, Speed, State
 from nas.front import choose, front_of
-from targets.measurement import NOISY_IQR, interquartile_range
+from targets.measurement import NOISY_IQR, SLOW, interquartile_range
 
 _ENOUGH = 8
 """Candidates below which no statement about all of them is made."""
@@ -80,6 +80,13 @@ def is_noisy(measurement: Mapping[str, Any] | None) -> bool:
     if not isinstance(times_s, Mapping):
         return False
     return any(interquartile_range(tuple(times)) > NOISY_IQR * statistics.median(times) for times in times_s.values() if times)
+
+
+def is_slow(measurement: Mapping[str, Any] | None) -> bool:
+    """Whether a raw measuring record was taken while the device ran slower than it can, by the rule of `targets.measurement`."""
+    record = measurement or {}
+    times_s, best_s = record.get("reference_s"), record.get("reference_best_s")
+    return bool(times_s and best_s) and statistics.median(times_s) > SLOW * best_s
 
 
 # --- the sentences ------------------------------------------------------------------------
@@ -232,12 +239,15 @@ def _noise(front: Sequence[Evaluation], candidates: Sequence[Evaluation]) -> lis
 
 def _noisy_times(candidates: Sequence[Evaluation]) -> list[str]:
     measured = [e for e in candidates if e.measurement is not None]
-    noisy = sum(is_noisy(e.measurement) for e in measured)
+    noisy = sum(is_noisy(e.measurement) or is_slow(e.measurement) for e in measured)
     if not measured:
         return ["No time here was measured on a device."]
     if not noisy:
         return []
-    return [f"{noisy} of {_plural(len(measured), 'measurement')} {_be(noisy)} noisy; close other programs and measure those again."]
+    return [
+    taken = f"{noisy} of {_plural(len(measured), 'measurement')} {_be(noisy)} noisy, or taken while the device ran slow"
+    return [f"{taken}; close other programs and measure those again."]
+    ]
 
 
 # --- words --------------------------------------------------------------------------------

@@ -179,7 +179,10 @@ class SLMConfig:
             _require(h % k == 0, f"num_heads={h} is not a multiple of num_kv_heads={k} (layer {i}); choose one of {divisors}")
         kind = self.attention
         if kind in ("mha", "mla"):
-            _require(heads == kv_heads, f"attention={kind!r} needs num_kv_heads={self.num_kv_heads} equal to num_heads={self.num_heads}; use 'gqa'")
+            _require(
+                heads == kv_heads,
+                f"attention={kind!r} needs num_kv_heads={self.num_kv_heads} equal to num_heads={self.num_heads}; use 'gqa'",
+            )
         if kind == "mqa":
             _require(set(heads) != {1}, "attention='mqa' with num_heads=1 is 'mha'; say so")
             _require(set(kv_heads) == {1}, f"attention='mqa' needs num_kv_heads=1, not {self.num_kv_heads}; use 'gqa'")
@@ -188,7 +191,9 @@ class SLMConfig:
             _require(set(kv_heads) != {1}, "attention='gqa' with num_kv_heads=1 is 'mqa'; say so")
         if kind == "mla":
             _require(self.kv_rank >= 1, f"kv_rank={self.kv_rank} is not a rank; attention='mla' needs kv_rank of 1 or more")
-            _require(self.positions == "rotary", "positions='learned' does not go with attention='mla', whose keys carry rotary; use 'rotary'")
+            _require(
+                self.positions == "rotary", "positions='learned' does not go with attention='mla', whose keys carry rotary; use 'rotary'"
+            )
             _require(not self.qk_norm, "qk_norm=True does not go with attention='mla', which normalises its latents; set it to false")
             self._set("v_head_dim", self.head_dim if self.v_head_dim is None else self.v_head_dim)
             assert self.v_head_dim is not None
@@ -196,7 +201,10 @@ class SLMConfig:
         else:
             for name in ("kv_rank", "q_rank"):
                 _require(getattr(self, name) == 0, f"{name}={getattr(self, name)} is for attention='mla' only; leave it at 0 for {kind!r}")
-            _require(self.v_head_dim in (None, self.head_dim), f"v_head_dim={self.v_head_dim} is for attention='mla' only; leave it out for {kind!r}")
+            _require(
+                self.v_head_dim in (None, self.head_dim),
+                f"v_head_dim={self.v_head_dim} is for attention='mla' only; leave it out for {kind!r}",
+            )
             self._set("v_head_dim", None)
 
     def _check_positions(self) -> None:
@@ -233,20 +241,32 @@ class SLMConfig:
 
     def _check_sharing(self) -> None:
         if self.sharing == "none":
-            _require(self.num_unique_layers in (None, self.num_layers), f"num_unique_layers={self.num_unique_layers} needs a sharing pattern; set sharing or leave it out")
+            _require(
+                self.num_unique_layers in (None, self.num_layers),
+                f"num_unique_layers={self.num_unique_layers} needs a sharing pattern; set sharing or leave it out",
+            )
             self._set("num_unique_layers", None)
             self._set("shared_parts", "both")
             return
         m = self.num_unique_layers
         _require(m is not None, f"num_unique_layers is missing for sharing={self.sharing!r}; give 1 to {self.num_layers - 1}")
         assert m is not None
-        _require(1 <= m < self.num_layers, f"num_unique_layers={m} is not within 1 and num_layers-1={self.num_layers - 1}; choose one that is, or sharing='none'")
+        _require(
+            1 <= m < self.num_layers,
+            f"num_unique_layers={m} is not within 1 and num_layers-1={self.num_layers - 1}; choose one that is, or sharing='none'",
+        )
         if self.sharing == "cycle_rev":
-            _require(self.num_layers >= 2 * m, f"num_unique_layers={m} is more than half of num_layers={self.num_layers}; sharing='cycle_rev' needs at most half")
+            _require(
+                self.num_layers >= 2 * m,
+                f"num_unique_layers={m} is more than half of num_layers={self.num_layers}; sharing='cycle_rev' needs at most half",
+            )
         if m == 1:  # every pattern is the same
             self._set("sharing", "sequence")
         used = 1 + shared_index(self.num_layers - 1, self.num_layers, m, self.sharing)
-        _require(self.sharing != "sequence" or used == m, f"num_unique_layers={m} leaves unique layers unused in a sequence of {self.num_layers} layers; choose {used}")
+        _require(
+            self.sharing != "sequence" or used == m,
+            f"num_unique_layers={m} leaves unique layers unused in a sequence of {self.num_layers} layers; choose {used}",
+        )
         for part, names in (("attention", ("num_heads", "num_kv_heads")), ("ffn", ("ffn_dim",))):
             if self.shared_parts not in ("both", part):
                 continue

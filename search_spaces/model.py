@@ -412,7 +412,9 @@ class SLM(nn.Module):
             elif parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                residual = name.endswith((".out.weight", "shortcuts.up.weight")) or (name.startswith("ffns.") and name.endswith(".down.weight"))
+                residual = name.endswith((".out.weight", "shortcuts.up.weight")) or (
+                    name.startswith("ffns.") and name.endswith(".down.weight")
+                )
                 scale = std / math.sqrt(2 * self.config.num_layers) if residual else std
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         return self

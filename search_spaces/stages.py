@@ -129,7 +129,15 @@ def _block_config(config: SLMConfig, layer: int) -> SLMConfig:
 
 def _plain(config: SLMConfig) -> dict[str, object]:
     """What embed and head have in common: a width and nothing of the blocks."""
-    return {"d_model": config.d_model, "num_layers": 1, "num_heads": 1, "ffn": "standard", "ffn_dim": 1, "positions": "learned", "context": 1}
+    return {
+        "d_model": config.d_model,
+        "num_layers": 1,
+        "num_heads": 1,
+        "ffn": "standard",
+        "ffn_dim": 1,
+        "positions": "learned",
+        "context": 1,
+    }
 
 
 def _embed_config(config: SLMConfig) -> SLMConfig:
@@ -140,7 +148,12 @@ def _embed_config(config: SLMConfig) -> SLMConfig:
 
 
 def _head_config(config: SLMConfig) -> SLMConfig:
-    values = _plain(config) | {"norm": config.norm, "norm_eps": config.norm_eps, "norm_bias": config.norm_bias, "head_bias": config.head_bias}
+    values = _plain(config) | {
+        "norm": config.norm,
+        "norm_eps": config.norm_eps,
+        "norm_bias": config.norm_bias,
+        "head_bias": config.head_bias,
+    }
     return SLMConfig(vocab_size=config.vocab_size, **values)  # type: ignore[arg-type]
 
 

@@ -1,5 +1,6 @@
 """`Workload`: what a user asks of the model, in bytes of text, and what that is in a candidate's tokens."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ def assumed_bytes_per_token(vocab_size: int) -> float:
     points = _BYTES_PER_TOKEN
     if vocab_size <= points[0][0]:
         return points[0][1]
-    for (v0, b0), (v1, b1) in zip(points, points[1:], strict=False):
+    for (v0, b0), (v1, b1) in itertools.pairwise(points):
         if vocab_size <= v1:
             return b0 + (b1 - b0) * math.log(vocab_size / v0) / math.log(v1 / v0)
     return points[-1][1]

@@ -18,12 +18,14 @@ class Job:
     Attributes:
         artifact, sample, probe: paths of the compiled program, the arrays and the probe library.
         reference: size and tile of the probe's product, timed beside the program.
+        reference_best_s: the best time of that product seen on this device.
     """
 
     artifact: str
     sample: str
     probe: str
     reference: tuple[int, int]
+    reference_best_s: float
     steps: tuple[Step, ...]
     timed: dict[str, tuple[dict[str, str], int]]
     tolerance: float

@@ -64,7 +64,18 @@ class LocalTarget:
         Raises:
             TargetError: if the compiler fails, crashes or takes too long.
         """
-        return Path(self._ask(self._compiler, "compiling", COMPILE_TIMEOUT_S, "targets.tvm_compile:compile_program", program, self._llvm(self.spec), self.cpu, out_dir))
+        return Path(
+            self._ask(
+                self._compiler,
+                "compiling",
+                COMPILE_TIMEOUT_S,
+                "targets.tvm_compile:compile_program",
+                program,
+                self._llvm(self.spec),
+                self.cpu,
+                out_dir,
+            )
+        )
 
     def measure(self, artifact: Path, sample: Sample, timing: Timing) -> Measurement:
         """Checks, then times, in the measuring worker.
@@ -73,6 +84,7 @@ class LocalTarget:
             TargetError: if an output differs, the program crashes or time is up.
         """
         spec = self.spec
+        best_s = 2.0 * PRODUCT_SIZE**3 / spec.flops_per_s
         with tempfile.TemporaryDirectory(prefix="sample-", dir=artifact.parent) as folder:
             path = Path(folder) / "sample.safetensors"
             sample.write(path)
@@ -81,6 +93,7 @@ class LocalTarget:
                 sample=str(path),
                 probe=str(self._probe(spec)),
                 reference=(PRODUCT_SIZE, self.cpu.tile_columns),
+                reference_best_s=best_s,
                 steps=sample.steps,
                 timed=sample.timed,
                 tolerance=sample.tolerance,
@@ -92,6 +105,7 @@ class LocalTarget:
             device=spec.name,
             times_s={name: tuple(times) for name, times in record["times_s"].items()},
             reference_s=tuple(record["reference_s"]),
+            reference_best_s=best_s,
             peak_bytes=record["peak_bytes"],
             workspace_bytes=manifest["workspace_bytes"],
             packed_bytes=record["packed_bytes"],
@@ -109,7 +123,9 @@ class LocalTarget:
     # --- finding out about the machine ------------------------------------------------------
 
     def _complete(self) -> DeviceSpec:
-        detected = self._kept("detected.json", lambda: self._ask(self._compiler, "detecting the processor", _DETECT_TIMEOUT_S, "targets.tvm_probe:detect"))
+        detected = self._kept(
+            "detected.json", lambda: self._ask(self._compiler, "detecting the processor", _DETECT_TIMEOUT_S, "targets.tvm_probe:detect")
+        )
         declared = self._declared
         spec = dataclasses.replace(
             declared,
@@ -142,8 +158,16 @@ class LocalTarget:
         path = self._cache / f"probe-{spec.cpu}-{spec.cores}-{spec.vector_bytes}.so"
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=self._cache) as folder:
-                made = self._ask(self._compiler, "compiling the probe", _DETECT_TIMEOUT_S, "targets.tvm_probe:compile_probe", self._llvm(spec), self.cpu, Path(folder) / "probe.so")
-                os.replace(made, path)
+                made = self._ask(
+                    self._compiler,
+                    "compiling the probe",
+                    _DETECT_TIMEOUT_S,
+                    "targets.tvm_probe:compile_probe",
+                    self._llvm(spec),
+                    self.cpu,
+                    Path(folder) / "probe.so",
+                )
+                Path(made).replace(path)
         return path
 
     @staticmethod
@@ -163,7 +187,7 @@ class LocalTarget:
             found: Mapping[str, Any] = find()
         with tempfile.NamedTemporaryFile("w", dir=self._cache, delete=False, encoding="utf-8") as file:
             json.dump(found, file)
-        os.replace(file.name, path)
+        Path(file.name).replace(path)
         return found
 
     @staticmethod

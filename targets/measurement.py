@@ -7,6 +7,8 @@ from typing import Any
 
 NOISY_IQR = 0.10
 """A spread (interquartile range over median) above this is flagged and measured again."""
+SLOW = 1.25
+"""A reference kernel this many times slower than the device's best is flagged and measured again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,7 @@ class Measurement:
         device: the device's name.
         times_s: raw seconds per call of each function, in the order taken; warm-up is not among them.
         reference_s: raw seconds of a fixed kernel timed beside, to notice a machine that slowed down.
+        reference_best_s: that kernel's best time on this device, when its ceilings were measured; 0 if unknown.
         peak_bytes: measured peak memory of the process above its state before loading; None if the device cannot tell.
         workspace_bytes: counted intermediate memory of each function, beside weights and state.
         packed_bytes: counted bytes of the weights in the device's layout.
@@ -48,6 +51,7 @@ class Measurement:
     device: str
     times_s: Mapping[str, tuple[float, ...]]
     reference_s: tuple[float, ...] = ()
+    reference_best_s: float = 0.0
     peak_bytes: int | None = None
     workspace_bytes: Mapping[str, int]
     packed_bytes: int
@@ -65,6 +69,18 @@ class Measurement:
     def is_noisy(self, function: str) -> bool:
         """Whether the spread is above `NOISY_IQR` of the median."""
         return self.iqr_s(function) > NOISY_IQR * self.median_s(function)
+
+    @property
+    def slowdown(self) -> float:
+        """How many times slower than its best the device ran meanwhile, by the reference kernel; 1 if unknown."""
+        if not (self.reference_s and self.reference_best_s):
+            return 1.0
+        return statistics.median(self.reference_s) / self.reference_best_s
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the device ran slower than it can, so that the times say too much."""
+        return self.slowdown > SLOW
 
     @property
     def noisy(self) -> tuple[str, ...]:

@@ -39,7 +39,9 @@ class NullTarget:
         for name, (_, rows) in sample.timed.items():
             work = counted["functions"][name]
             read_bytes = work["weight_bytes"] + rows * work["state_row_bytes"]
-            seconds = 1e-6 + max(read_bytes / self._spec.read_bytes_per_s, 2 * work["rows"] * work["weight_bytes"] / 4 / self._spec.flops_per_s)
+            seconds = 1e-6 + max(
+                read_bytes / self._spec.read_bytes_per_s, 2 * work["rows"] * work["weight_bytes"] / 4 / self._spec.flops_per_s
+            )
             times[name] = (seconds,) * timing.repeats
         return Measurement(
             device=self._spec.name,

@@ -112,7 +112,7 @@ def link_program(program: Program, lowered: Mapping[str, LoweredStage]) -> tuple
 
 
 @relax.expr_functor.mutator
-class _Substitute(relax.PyExprMutator):  # type: ignore[misc, name-defined]
+class _Substitute(relax.PyExprMutator):  # type: ignore[misc]
     """Replaces variables and kernel names."""
 
     def __init__(self, variables: dict[Any, Any], kernels: dict[Any, Any]) -> None:
@@ -172,7 +172,9 @@ def _add_function(
             for call in function.calls:
                 stage = lowered[call.stage]
                 arguments = [values[name] for name in call.inputs]
-                arguments += [builder.emit(relax.TupleGetItem(pack, weights[call.weights[local], layout][0])) for local, layout in stage.weights]
+                arguments += [
+                    builder.emit(relax.TupleGetItem(pack, weights[call.weights[local], layout][0])) for local, layout in stage.weights
+                ]
                 values |= zip(call.outputs, _inline(builder, bodies[call.stage], arguments), strict=True)
             result = builder.emit_output(relax.Tuple([values[name] for name in function.outputs]))
         builder.emit_func_output(result)

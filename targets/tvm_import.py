@@ -44,9 +44,7 @@ def import_stage(program: ExportedProgram, tile: int) -> ImportedStage:
         Exception: whatever TVM's importer raises on an operator it does not know.
     """
     names = {
-        spec.arg.name: spec.target
-        for spec in program.graph_signature.input_specs
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
+        spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
     }
     converter = _Converter(names, tile)
     module = from_exported_program(
@@ -104,8 +102,8 @@ class _Converter:
             "scaled_dot_product_attention.default": self.attention,
             "transpose.int": self.transpose,
             "slice.Tensor": self.slice,
-            "embedding.default": lambda node, importer: self.gather(node, importer, node.args[1]),
-            "index.Tensor": lambda node, importer: self.gather(node, importer, *node.args[1]),
+            "embedding.default": lambda node, importer: self.gather(node, importer, _args(node)[1]),
+            "index.Tensor": lambda node, importer: self.gather(node, importer, *_args(node)[1]),
         }
 
     # --- weights ----------------------------------------------------------------------------
@@ -115,7 +113,7 @@ class _Converter:
         views: list[tuple[str, tuple[int, ...]]] = []
         while node.op == "call_function":
             target = getattr(node.target, "__name__", "")
-            source = node.args[0]
+            source = _args(node)[0]
             if target not in _VIEWS or not isinstance(source, fx.Node):
                 return None
             if target in ("view.default", "reshape.default"):
@@ -138,8 +136,8 @@ class _Converter:
     # --- operators ----------------------------------------------------------------------------
 
     def linear(self, node: fx.Node, importer: Any) -> Any:
-        x, weight = node.args[0], node.args[1]
-        bias = node.args[2] if len(node.args) > 2 else None
+        x, weight = _args(node)[0], _args(node)[1]
+        bias = _args(node)[2] if len(_args(node)) > 2 else None
         found = self._weight(weight)
         assert found is not None, "a linear layer's weight is a parameter"
         columns, rows = weight.meta["val"].shape[1], weight.meta["val"].shape[0]
@@ -149,24 +147,24 @@ class _Converter:
         return out if bias is None else builder.emit(relax.op.add(out, importer.env[bias]))
 
     def matmul(self, node: fx.Node, importer: Any) -> Any:
-        a, b = node.args[0], node.args[1]
+        a, b = _args(node)[0], _args(node)[1]
         base, order = _base(b)
         return importer.block_builder.emit_te(_product, importer.env[a], importer.env[base], order, primfunc_name_hint="product")
 
     def rms_norm(self, node: fx.Node, importer: Any) -> Any:
-        x, _, weight, eps = node.args
+        x, _, weight, eps = _args(node)
         return importer.block_builder.emit(relax.op.nn.rms_norm(importer.env[x], importer.env[weight], axes=[-1], epsilon=eps))
 
     def layer_norm(self, node: fx.Node, importer: Any) -> Any:
-        x, shape, weight, bias, eps = node.args[:5]
+        x, shape, weight, bias, eps = _args(node)[:5]
         scale = importer.env[weight]
         shift = relax.const(np.zeros(shape, np.float32)) if bias is None else importer.env[bias]
         return importer.block_builder.emit(relax.op.nn.layer_norm(importer.env[x], scale, shift, axes=[-1], epsilon=eps))
 
     def attention(self, node: fx.Node, importer: Any) -> Any:
         """Causal attention over (1, heads, S, d) views of (1, S, heads, d) tensors."""
-        assert node.kwargs.get("is_causal") or (len(node.args) > 5 and node.args[5]), "only causal attention is known"
-        nodes = [_heads_last(arg) for arg in node.args[:3]]
+        assert node.kwargs.get("is_causal") or (len(_args(node)) > 5 and _args(node)[5]), "only causal attention is known"
+        nodes = [_heads_last(arg) for arg in _args(node)[:3]]
         q, k, v = (importer.env[source] for source in nodes)
         builder = importer.block_builder
         from targets.schedules.attention import causal_attention
@@ -179,16 +177,16 @@ class _Converter:
         return builder.emit(relax.op.permute_dims(out, [0, 2, 1, 3]))
 
     def transpose(self, node: fx.Node, importer: Any) -> Any:
-        source = node.args[0]
+        source = _args(node)[0]
         if "heads_last" in source.meta and _permutation(node) == (0, 2, 1, 3):
             return source.meta["heads_last"]
         return importer.block_builder.emit(relax.op.permute_dims(importer.env[source], list(_permutation(node))))
 
     def slice(self, node: fx.Node, importer: Any) -> Any:
         """One axis cut with step 1; bounds may vary (TVM's own converter loses such shapes)."""
-        x = importer.env[node.args[0]]
-        axis = int(node.args[1]) % len(x.ty.shape) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-        begin, end = (importer.env.get(arg, arg) for arg in (*node.args[2:4], None, None)[:2])
+        x = importer.env[_args(node)[0]]
+        axis = int(_args(node)[1]) % len(x.ty.shape) if len(_args(node)) > 1 else 0
+        begin, end = (importer.env.get(arg, arg) for arg in (*_args(node)[2:4], None, None)[:2])
         size = x.ty.shape[axis]
         begin = 0 if begin is None else begin
         end = size if end is None or (isinstance(end, int) and end >= sys.maxsize) else end
@@ -196,18 +194,22 @@ class _Converter:
         extent = sym.Analyzer().simplify(end - begin) if not isinstance(end, int) or not isinstance(begin, int) else end - begin
         return importer.block_builder.emit_te(_slice, x, axis, begin, extent, primfunc_name_hint="slice")
 
-
     def gather(self, node: fx.Node, importer: Any, rows: fx.Node) -> Any:
         """Rows of a table by index; the caller keeps indices inside it."""
-        return importer.block_builder.emit_te(_gather, importer.env[node.args[0]], importer.env[rows], primfunc_name_hint="gather")
+        return importer.block_builder.emit_te(_gather, importer.env[_args(node)[0]], importer.env[rows], primfunc_name_hint="gather")
+
+
+def _args(node: fx.Node) -> tuple[Any, ...]:
+    """A node's arguments, typed as what the operators here take."""
+    return tuple(node.args)
 
 
 def _permutation(node: fx.Node) -> tuple[int, ...]:
     ndim = node.meta["val"].ndim
     target = getattr(node.target, "__name__", "")
     if target == "permute.default":
-        return tuple(int(axis) % ndim for axis in node.args[1])  # type: ignore[union-attr, arg-type]
-    first, second = (0, 1) if target == "t.default" else (int(node.args[1]) % ndim, int(node.args[2]) % ndim)  # type: ignore[arg-type]
+        return tuple(int(axis) % ndim for axis in _args(node)[1])
+    first, second = (0, 1) if target == "t.default" else (int(_args(node)[1]) % ndim, int(_args(node)[2]) % ndim)
     order = list(range(ndim))
     order[first], order[second] = second, first
     return tuple(order)
@@ -219,7 +221,7 @@ def _base(node: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
     while node.op == "call_function" and getattr(node.target, "__name__", "") in ("transpose.int", "permute.default", "t.default"):
         step = _permutation(node)
         order = tuple(step[axis] for axis in order)
-        node = node.args[0]  # type: ignore[assignment]
+        node = _args(node)[0]
     return node, order
 
 
@@ -273,4 +275,3 @@ def _slice(x: te.Tensor, axis: int, begin: Any, extent: Any) -> te.Tensor:
 def _gather(table: te.Tensor, rows: te.Tensor) -> te.Tensor:
     lead = len(rows.shape)
     return te.compute((*rows.shape, *table.shape[1:]), lambda *i: table[(rows[i[:lead]], *i[lead:])], name="gather")
-

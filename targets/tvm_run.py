@@ -18,7 +18,7 @@ from tvm.runtime.vm import VirtualMachine  # not `relax`: the child may hold TVM
 
 from targets.job import Job
 from targets.layout import Layout
-from targets.measurement import NOISY_IQR, Timing, interquartile_range
+from targets.measurement import NOISY_IQR, SLOW, Timing, interquartile_range
 from targets.memory import PeakMemory
 from targets.program import Step
 
@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 LIBRARY = "program.so"
 ROWS = ".rows"
 _FEWEST_REPEATS = 5
+_REFERENCE = "_reference"
 
 
 class CheckFailed(Exception):
@@ -100,7 +101,7 @@ def run_job(job: Job) -> dict[str, Any]:
             for name, (inputs, rows) in job.timed.items()
         }
         reference = Probe(Path(job.probe)).product(*job.reference)
-        times, reference_s, attempts = _time(runner.machine, calls, reference, job.timing)
+        times, reference_s, attempts = _time(runner.machine, calls, reference, job)
     return {
         "times_s": times,
         "reference_s": reference_s,
@@ -121,7 +122,10 @@ def _check(runner: Runner, arrays: Any, steps: tuple[Step, ...], tolerance: floa
                 raise CheckFailed(f"step {number} ({step.function}): output {name} has shape {got.shape}, not {expected.shape}")
             error = relative_error(got, expected)
             if not error <= tolerance:
-                raise CheckFailed(f"step {number} ({step.function}): output {name} differs from PyTorch by {error:.2g} of its largest value (limit {tolerance:.2g})")
+                raise CheckFailed(
+                    f"step {number} ({step.function}): output {name} differs from PyTorch's"
+                    f" by {error:.2g} of its largest value (limit {tolerance:.2g})"
+                )
             errors[step.function] = max(errors.get(step.function, 0.0), error)
     return errors
 
@@ -132,32 +136,44 @@ def relative_error(got: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.abs(got - expected).max()) / scale
 
 
-def _time(machine: Any, calls: dict[str, tuple[str, list[Any]]], reference: Callable[[], float], timing: Timing) -> tuple[dict[str, list[float]], list[float], int]:
+def _time(
+    machine: Any, calls: dict[str, tuple[str, list[Any]]], reference: Callable[[], float], job: Job
+) -> tuple[dict[str, list[float]], list[float], int]:
     """Raw seconds per call of each function and of the reference kernel, repeats interleaved.
 
-    Interleaving spreads a disturbance over all functions instead of one; a spread that is too wide is taken anew.
+    Interleaving spreads a disturbance over all functions instead of one. While a spread is too wide, or the
+    reference says that the machine is slow, the times are taken anew; the least disturbed ones are kept.
     """
+    timing = job.timing
     evaluators = {name: _evaluator(machine, function, arguments, timing) for name, (function, arguments) in calls.items()}
-    evaluators["_reference"] = reference
+    evaluators[_REFERENCE] = reference
     best: dict[str, list[float]] = {}
-    for attempt in range(1, timing.retries + 2):
-        times: dict[str, list[float]] = {name: [] for name in evaluators}
-        until = time.perf_counter() + timing.budget_s
-        for repeat in range(timing.repeats):
-            if repeat >= _FEWEST_REPEATS and time.perf_counter() > until:
-                break
-            for name, evaluate in evaluators.items():
-                times[name].append(evaluate())
-        if not best or _spread(times) < _spread(best):
+    attempts = 0
+    while attempts <= timing.retries and not (best and _disturbance(best, job) <= 1):
+        attempts += 1
+        times = _interleaved(evaluators, timing)
+        if not best or _disturbance(times, job) < _disturbance(best, job):
             best = times
-        if _spread(best) <= NOISY_IQR:
+    reference_s = best.pop(_REFERENCE)
+    return best, reference_s, attempts
+
+
+def _disturbance(times: dict[str, list[float]], job: Job) -> float:
+    """At most 1 for times that are neither noisy nor slow, by the rules of `Measurement`."""
+    spread = max(interquartile_range(tuple(t)) / float(np.median(t)) for name, t in times.items() if name != _REFERENCE)
+    slowdown = float(np.median(times[_REFERENCE])) / job.reference_best_s if job.reference_best_s else 1.0
+    return max(spread / NOISY_IQR, slowdown / SLOW)
+
+
+def _interleaved(evaluators: dict[str, Callable[[], float]], timing: Timing) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in evaluators}
+    until = time.perf_counter() + timing.budget_s
+    for repeat in range(timing.repeats):
+        if repeat >= _FEWEST_REPEATS and time.perf_counter() > until:
             break
-    reference_s = best.pop("_reference")
-    return best, reference_s, attempt
-
-
-def _spread(times: dict[str, list[float]]) -> float:
-    return max(interquartile_range(tuple(t)) / float(np.median(t)) for name, t in times.items() if name != "_reference")
+        for name, evaluate in evaluators.items():
+            times[name].append(evaluate())
+    return times
 
 
 def _evaluator(machine: Any, function: str, arguments: list[Any], timing: Timing) -> Callable[[], float]:

@@ -4,6 +4,7 @@ The child stays alive between calls (importing a compiler takes seconds) and is 
 Messages are pickles on private pipes between a process and its own child; nothing foreign is ever unpickled.
 """
 
+import contextlib
 import os
 import pickle
 import select
@@ -70,17 +71,13 @@ class Worker:
         if child is None:
             return
         if child.poll() is None:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         child.wait()
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(OSError):  # a full pipe to a dead child
                     pipe.close()
-                except OSError:  # a full pipe to a dead child
-                    pass
 
     def _start(self) -> "subprocess.Popen[bytes]":
         if self._child is None or self._child.poll() is not None:

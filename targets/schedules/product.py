@@ -105,4 +105,3 @@ def _innermost_is_reduction(sch: Any, product: Any) -> bool:
     reduce_vars = {iter_var.var for iter_var in block.iter_vars if iter_var.iter_type == tirx.IterVar.CommReduce}
     region = block.reads[1].region[-1]
     return region.min in reduce_vars
-

@@ -170,7 +170,7 @@ def test_from_a_search_to_an_exported_model(small: list[str], capsys: pytest.Cap
     found = json.loads(out)
     assert "trial=" not in out
     assert found == json.loads(Path("runs/small-null/front.json").read_text())
-    assert all(NAMES <= model.keys() for model in found["front"])
+    assert all(model.keys() >= NAMES for model in found["front"])
     assert main([*small, "--trials", "4"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["trial=3"]
 
@@ -219,7 +219,7 @@ def test_ctrl_c_and_kill_end_with_a_usable_front(small: list[str], tmp_path: Pat
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert err.startswith("interrupted after ")
+    assert err.startswith("interrupted with ")
     assert "the same command goes on" in err
     assert len(err.splitlines()) == 1
     found = open_run(tmp_path / "runs" / "small-null")

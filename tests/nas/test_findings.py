@@ -161,6 +161,12 @@ def test_noisy_measurements_are_counted() -> None:
     assert "No time here was measured on a device." in text([trial(0, 2.5, 0.01, measurement=None)])
 
 
+def test_a_slow_machine_is_told() -> None:
+    quiet = {"times_s": {"decode": [0.01] * 5}, "reference_best_s": 0.001}
+    assert "slow" not in text([trial(0, 2.5, 0.01, measurement=quiet | {"reference_s": [0.00124] * 5})])
+    assert "1 of 1 measurement is noisy, or taken" in text([trial(0, 2.5, 0.01, measurement=quiet | {"reference_s": [0.00126] * 5})])
+
+
 @pytest.mark.parametrize(
     ("record", "expected"),
     [(None, False), ({}, False), ({"times_s": None}, False), ({"times_s": {"decode": []}}, False), (STEADY, False), (NOISY, True)],

@@ -122,7 +122,7 @@ def test_absorbed_latent_attention_equals_the_expanded_form(q_rank):
     H, d, v, R, L = 4, 8, 5, 4, 8
     x = torch.randn(1, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     table = rope_table(config)[:9].double()
-    rope = (table[:, 0], table[:, 1])
+    rope = table.chunk(2, dim=1)
     _, cache = attention.prefill(x[:, :8], (rope[0][:8], rope[1][:8]))
     decoded, _ = attention.decode(x[:, 8:], (rope[0][8:], rope[1][8:]), cache)
 
@@ -158,10 +158,10 @@ def test_grouped_heads_are_multi_head_with_repeated_keys_and_values():
 def test_rotary_turns_pairs_by_position_and_leaves_the_rest():
     config = make(head_dim=8, rotary_dim=4, rope_theta=100.0)
     table = rope_table(config)
-    assert table.shape == (24, 2, 2)
-    assert torch.allclose(table[7, :, 1], torch.tensor([math.cos(0.7), math.sin(0.7)]))  # 7 * 100^(-2/4)
+    assert table.shape == (24, 4)
+    assert torch.allclose(table[7, [1, 3]], torch.tensor([math.cos(0.7), math.sin(0.7)]))  # 7 * 100^(-2/4)
     x = torch.arange(1.0, 9.0).view(1, 1, 1, 8).expand(1, 24, 1, 8)
-    turned = rotate(x, (table[:, 0], table[:, 1]))
+    turned = rotate(x, table.chunk(2, dim=1))
     assert torch.equal(turned[..., 4:], x[..., 4:])
     assert torch.equal(turned[:, 0], x[:, 0])
     a, b = 1 * math.cos(7) - 3 * math.sin(7), 3 * math.cos(7) + 1 * math.sin(7)
@@ -174,7 +174,7 @@ def test_scores_depend_on_relative_position_only():
     attention = lively(config).attentions[0]
     table = rope_table(config).double()
     x = torch.randn(1, 4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    at = [attention.prefill(x, (table[i : i + 4, 0], table[i : i + 4, 1]))[0] for i in (0, 11)]
+    at = [attention.prefill(x, table[i : i + 4].chunk(2, dim=1))[0] for i in (0, 11)]
     assert torch.allclose(at[0], at[1], atol=1e-6, rtol=0)  # the table is rounded to float32
 
 
@@ -280,7 +280,7 @@ def test_block_forms(form):
     model = lively(make(block=form, norm="layernorm"))
     block = model.block(0)
     table = model.embed.rope[:5]
-    rope = (table[:, 0], table[:, 1])
+    rope = table.chunk(2, dim=1)
     x = torch.randn(1, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     a = block.attention.prefill(block.attention.norm(x), rope)[0]
     if form == "sequential":
