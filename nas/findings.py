@@ -244,10 +244,8 @@ def _noisy_times(candidates: Sequence[Evaluation]) -> list[str]:
         return ["No time here was measured on a device."]
     if not noisy:
         return []
-    return [
     taken = f"{noisy} of {_plural(len(measured), 'measurement')} {_be(noisy)} noisy, or taken while the device ran slow"
     return [f"{taken}; close other programs and measure those again."]
-    ]
 
 
 # --- words --------------------------------------------------------------------------------
