@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from search_spaces.model import SLM
 
 DECODE_STEPS = 8
-"""How many decode steps are compared with PyTorch before anything is timed."""
+"""How many decode steps are compared with PyTorch before anything is timed; fewer if the request generates fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +60,7 @@ def latency(measurement: Measurement, config: SLMConfig, tokens: RequestTokens, 
 
 
 def make_sample(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM | None" = None) -> Sample:
-    """A scripted prefill and `DECODE_STEPS` decode steps with PyTorch's results, and what to time.
+    """A scripted prefill and up to `DECODE_STEPS` decode steps with PyTorch's results, and what to time.
 
     Nothing is computed until a target that computes calls `Sample.write`.
 
@@ -81,12 +81,18 @@ def make_sample(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM
             expected={name: f"step{n}.{name}" for name in ("logits", *rows)},
         )
 
-    last = {"tokens": f"step{DECODE_STEPS}.tokens", "positions": "timed.positions"}
+    steps = _decode_steps(tokens)
+    last = {"tokens": f"step{steps}.tokens", "positions": "timed.positions"}
     return Sample(
         write=lambda path: _write(config, tokens, seed, model, path),
-        steps=tuple(step(n) for n in range(DECODE_STEPS + 1)),
+        steps=tuple(step(n) for n in range(steps + 1)),
         timed={"prefill": (step(0).inputs, 0), "decode": (last, tokens.mid_context)},
     )
+
+
+def _decode_steps(tokens: RequestTokens) -> int:
+    """Decode steps that fit the program's state, which holds the request and no more."""
+    return min(DECODE_STEPS, tokens.generated)
 
 
 def _write(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM | None", path: Path) -> None:
@@ -95,16 +101,17 @@ def _write(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM | No
 
     from search_spaces.model import SLM
 
+    steps = _decode_steps(tokens)
     generator = torch.Generator().manual_seed(seed)
     if model is None:
         model = randomise(SLM(config), seed)
-    ids_S = torch.randint(config.vocab_size, (tokens.prompt + DECODE_STEPS,), generator=generator)
+    ids_S = torch.randint(config.vocab_size, (tokens.prompt + steps,), generator=generator)
     arrays = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     arrays["timed.positions"] = torch.tensor([tokens.mid_context])
     with torch.inference_mode():
         logits, caches = model.prefill(ids_S[None, : tokens.prompt])
         new = caches
-        for n in range(DECODE_STEPS + 1):
+        for n in range(steps + 1):
             first, count = (0, tokens.prompt) if n == 0 else (tokens.prompt + n - 1, 1)
             ids = ids_S[None, first : first + count]
             if n > 0:

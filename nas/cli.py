@@ -107,6 +107,10 @@ def search(
       edgewise search --space my-space.toml --corpus ~/notes --timeout 2h --run runs/notes
       edgewise search --target null --trials 8 --train-bytes 100kB    a quick try, no compiler
     """
+    # Before torch is loaded. Threads that spin while they wait make training many times slower as soon as another
+    # program wants a core; threads that sleep cost little.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     from search_spaces.space import load_space
     from targets.target import load_target
 
@@ -161,7 +165,8 @@ def _show_outcome(outcome: "Outcome", where: Path, speed: "Speed", as_json: bool
     if as_json:
         click.echo(json.dumps(front_json(outcome.front, speed), indent=1))
     if outcome.interrupted:
-        _say(f"interrupted with {len(outcome.evaluations)} trials done; the same command goes on from there; so far: {where / 'report.html'}")
+        done = len(outcome.evaluations)
+        _say(f"interrupted with {done} trials done; the same command goes on from there; so far: {where / 'report.html'}")
         raise click.exceptions.Exit(1)
     if outcome.front and outcome.chosen is not None:
         models = "model is" if len(outcome.front) == 1 else "models are"

@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ def linker() -> list[str]:
     raise RuntimeError("no linker is installed (cc, gcc, clang or zig); run `pip install ziglang`")
 
 
-def link_shared(executable: Any, path: Path) -> None:
-    """Links a compiled TVM executable into a shared library at `path`."""
+def link_shared(executable: Any, path: Path, objects: Sequence[Path] = ()) -> None:
+    """Links a compiled TVM executable, and further object files, into a shared library at `path`."""
     command = linker()
 
     def link(output: str, objects: list[str], **_: Any) -> None:
@@ -33,4 +34,4 @@ def link_shared(executable: Any, path: Path) -> None:
             raise RuntimeError(f"linking failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
 
     link.output_format = "so"  # type: ignore[attr-defined]
-    executable.export_library(str(path), fcompile=link)
+    executable.export_library(str(path), fcompile=link, addons=[str(o) for o in objects])

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class LocalTarget:
         cores = spec.cores or len(os.sched_getaffinity(0))
         quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._compiler = Worker(quiet)
-        self._runner = Worker({**quiet, "TVM_NUM_THREADS": str(cores), "TVM_USE_RUNTIME_LIB": "1"})
+        # TVM imports PyTorch wherever it is installed, and its threads with it.
+        self._runner = Worker({**quiet, "TVM_NUM_THREADS": str(cores), "TVM_USE_RUNTIME_LIB": "1"}, without=("torch",))
         self._cores = cores
 
     @property
@@ -73,6 +74,7 @@ class LocalTarget:
                 program,
                 self._llvm(self.spec),
                 self.cpu,
+                self._cache,
                 out_dir,
             )
         )
@@ -124,7 +126,9 @@ class LocalTarget:
 
     def _complete(self) -> DeviceSpec:
         detected = self._kept(
-            "detected.json", lambda: self._ask(self._compiler, "detecting the processor", _DETECT_TIMEOUT_S, "targets.tvm_probe:detect")
+            "detected.json",
+            ("triple", "cpu", "vector_bytes"),
+            lambda: self._ask(self._compiler, "detecting the processor", _DETECT_TIMEOUT_S, "targets.tvm_probe:detect"),
         )
         declared = self._declared
         spec = dataclasses.replace(
@@ -137,7 +141,9 @@ class LocalTarget:
         )
         if spec.flops_per_s and spec.read_bytes_per_s:
             return spec
-        measured = self._kept(f"ceilings-{spec.cpu}-{spec.cores}.json", lambda: self._ceilings(spec))
+        measured = self._kept(
+            f"ceilings-{spec.cpu}-{spec.cores}.json", ("flops_per_s", "read_bytes_per_s"), lambda: self._ceilings(spec)
+        )
         return dataclasses.replace(
             spec,
             flops_per_s=spec.flops_per_s or measured["flops_per_s"],
@@ -176,15 +182,17 @@ class LocalTarget:
         target: dict[str, Any] = {"kind": "llvm", "mtriple": spec.triple, "mcpu": spec.cpu, "num-cores": spec.cores, "fast-math": True}
         return target | ({"mattr": list(spec.features)} if spec.features else {})
 
-    def _kept(self, name: str, find: Any) -> Mapping[str, Any]:
-        """The JSON kept under a name in the cache, found out first if it is not there (or not readable)."""
+    def _kept(self, name: str, keys: tuple[str, ...], find: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """The JSON kept under a name in the cache, found out first if it is not there (or not readable, or lacks a key)."""
         assert self._cache is not None
         path = self._cache / name
         try:
-            kept: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return kept
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(kept, dict) and set(keys) <= set(kept):
+                return kept
         except (OSError, ValueError):
-            found: Mapping[str, Any] = find()
+            pass
+        found = find()
         with tempfile.NamedTemporaryFile("w", dir=self._cache, delete=False, encoding="utf-8") as file:
             json.dump(found, file)
         Path(file.name).replace(path)

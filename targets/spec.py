@@ -1,6 +1,7 @@
 """`DeviceSpec`: what a device is, as data: one TOML file in `targets/devices/`, or one of the user's."""
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
@@ -60,14 +61,21 @@ class DeviceSpec:
                 raise InvalidDevice(f"{source}: {key} is missing; a device needs it")
         if values["kind"] not in ("null", "local"):
             raise InvalidDevice(f"{source}: kind={values['kind']!r} is not one of local, null; choose one")
-        for key in ("cores", "vector_bytes", "memory_bytes", "read_bytes_per_s", "flops_per_s"):
+        for key in ("cores", "vector_bytes", "memory_bytes"):
             value = values.get(key, 0)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise InvalidDevice(f"{source}: {key}={value!r} is not a whole number of 0 or more; correct it")
+        for key in ("read_bytes_per_s", "flops_per_s"):
+            value = values.get(key, 0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise InvalidDevice(f"{source}: {key}={value!r} is not a number of 0 or more; correct it")
         for key in ("name", "description", "triple", "cpu"):
             if values.get(key) is not None and not isinstance(values[key], str):
                 raise InvalidDevice(f"{source}: {key}={values[key]!r} is not a text; correct it")
-        return cls(**{**values, "features": tuple(values.get("features", ()))})
+        features = values.get("features", ())
+        if not isinstance(features, list | tuple) or not all(isinstance(feature, str) for feature in features):
+            raise InvalidDevice(f"{source}: features={features!r} is not a list of texts; correct it")
+        return cls(**{**values, "features": tuple(features)})
 
 
 def device_names() -> tuple[str, ...]:

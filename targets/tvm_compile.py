@@ -16,6 +16,7 @@ from tvm import relax, tirx
 from tvm.relax import transform
 
 from targets.cpu import Cpu
+from targets.kernels import KernelCache
 from targets.layout import Layout
 from targets.link import link_shared
 from targets.program import Function, Program, Stage, TensorSpec
@@ -35,12 +36,13 @@ class LoweredStage:
     weights: tuple[tuple[str, Layout], ...]
 
 
-def compile_program(program: Program, llvm: Mapping[str, Any], cpu: Cpu, out_dir: Path) -> Path:
+def compile_program(program: Program, llvm: Mapping[str, Any], cpu: Cpu, cache_dir: Path, out_dir: Path) -> Path:
     """Compiles a program into `out_dir` and returns that folder.
 
     Args:
         llvm: the TVM target, as its dict form.
         cpu: what the schedules need to know.
+        cache_dir: where compiled kernels are kept.
 
     Raises:
         Exception: whatever the compiler raises; the caller reports it.
@@ -51,8 +53,11 @@ def compile_program(program: Program, llvm: Mapping[str, Any], cpu: Cpu, out_dir
         lowered = {key: lower_stage(stage, cpu) for key, stage in program.stages.items()}
         module, weights = link_program(program, lowered)
         module, workspace = _plan(module)
+        module, kernels = _split_kernels(module)
+        cache = KernelCache(cache_dir / "kernels", llvm)
+        objects = [cache.object_file(kernel) for kernel in kernels]
         executable = tvm.compile(module, target, relax_pipeline=_bytecode())
-    link_shared(executable, out_dir / LIBRARY)
+    link_shared(executable, out_dir / LIBRARY, objects)
     manifest = {
         "functions": {name: _function_manifest(f, program) for name, f in program.functions.items()},
         "weights": [[name, layout.to_json()] for name, layout in weights],
@@ -220,6 +225,16 @@ def _storage_bytes(function: Any) -> int:
 
     relax.analysis.post_order_visit(function.body, visit)
     return total
+
+
+def _split_kernels(module: Any) -> tuple[Any, list[Any]]:
+    """The functions, calling kernels by symbol, and the distinct kernels; one empty kernel makes it a library."""
+    symbols = {var: KernelCache.symbol(f) for var, f in module.functions.items() if isinstance(f, tirx.PrimFunc)}
+    kernels = {symbol: module[var] for var, symbol in symbols.items()}
+    substitute = _Substitute({}, {var: relax.ExternFunc(symbol) for var, symbol in symbols.items()})
+    functions = {var: substitute.visit_expr(f) for var, f in module.functions.items() if isinstance(f, relax.Function)}
+    empty = tirx.PrimFunc([], tirx.Evaluate(tirx.const(0, "int32"))).with_attr("global_symbol", "edgewise_empty")
+    return tvm.IRModule({**functions, tvm.ir.GlobalVar("edgewise_empty"): empty}), list(kernels.values())
 
 
 def _bytecode() -> Any:

@@ -43,9 +43,10 @@ def import_stage(program: ExportedProgram, tile: int) -> ImportedStage:
     Raises:
         Exception: whatever TVM's importer raises on an operator it does not know.
     """
-    names = {
-        spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER)
-    }
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.BUFFER:
+            spec.kind = InputKind.PARAMETER  # TVM's importer bakes buffers into the program as constants
+    names = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.kind is InputKind.PARAMETER}
     converter = _Converter(names, tile)
     module = from_exported_program(
         program,

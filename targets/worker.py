@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 _LENGTH_BYTES = 8
 
@@ -28,12 +28,14 @@ class Worker:
 
     Args:
         environment: variables set in the child, above the parent's own.
+        without: modules that the child must not load; importing one fails there as if it were not installed.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], without: tuple[str, ...] = ()) -> None:
         self._environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        self._without = without
         self._child: subprocess.Popen[bytes] | None = None
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the worker
+        self._log: IO[bytes] | None = None
 
     def call(self, function: str, *args: Any, timeout_s: float) -> Any:
         """Calls a function, given as "module:name" so that the caller need not import its module.
@@ -68,6 +70,9 @@ class Worker:
     def close(self) -> None:
         """Ends the child; the next call starts another."""
         child, self._child = self._child, None
+        log, self._log = self._log, None
+        if log is not None:
+            log.close()
         if child is None:
             return
         if child.poll() is None:
@@ -82,10 +87,9 @@ class Worker:
     def _start(self) -> "subprocess.Popen[bytes]":
         if self._child is None or self._child.poll() is not None:
             self.close()
-            self._log.seek(0)
-            self._log.truncate()
+            self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
             self._child = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "targets.worker"],
+                [sys.executable, "-W", "ignore", "-m", "targets.worker", *self._without],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=self._environment, start_new_session=True,
             )  # fmt: skip
         return self._child
@@ -105,6 +109,7 @@ class Worker:
         return bytes(data)
 
     def _tail(self) -> str:
+        assert self._log is not None
         self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, self._log.tell() - 2000))
         lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
@@ -144,5 +149,6 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
+    sys.modules.update(dict.fromkeys(sys.argv[1:]))  # type: ignore[arg-type]  # None is how Python marks a module as not there
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _serve()

@@ -13,9 +13,9 @@ def configs() -> st.SearchStrategy[SLMConfig]:
     return st.randoms(use_true_random=False).map(random_config)
 
 
-def random_config(rng: random.Random) -> SLMConfig:
+def random_config(rng: random.Random, max_layers: int = 5) -> SLMConfig:
     """A valid config, small enough to run in milliseconds; the same for the same generator state."""
-    num_layers, d_model = rng.randint(1, 5), rng.randint(16, 64)
+    num_layers, d_model = rng.randint(1, max_layers), rng.randint(16, 64)
     norm = rng.choice(["layernorm", "rmsnorm"])
     sharing = _sharing(rng, num_layers)
     values: dict[str, Any] = {

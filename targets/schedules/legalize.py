@@ -25,7 +25,8 @@ def _unary(function: Callable[[te.Tensor], te.Tensor]) -> Callable[[Any, Any], A
 
 def silu(x: te.Tensor) -> te.Tensor:
     """x / (1 + e^-x), the exponential by polynomial."""
-    decay = topi.fast_exp(topi.negative(x))
+    # fast_exp gives its argument back beyond 88.3, where 2^128 overflows; at e^87 the quotient is 0 all the same.
+    decay = topi.fast_exp(topi.minimum(topi.negative(x), 87.0))
     return te.compute(x.shape, lambda *i: x(*i) / (1 + decay(*i)), name="silu")
 
 

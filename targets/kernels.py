@@ -1,0 +1,50 @@
+"""Compiled kernels kept on disk by content, so that a kernel seen before is only linked.
+
+A kernel's identity is its structure (names do not count), the target and the compiler's version. Files are
+written whole, so several processes may share a cache; a file that is there is complete.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tvm
+import tvm_ffi
+
+
+class KernelCache:
+    """Object files of kernels for one target, in a folder of their own.
+
+    Args:
+        folder: where kernels are kept.
+        llvm: the TVM target, as its dict form.
+    """
+
+    def __init__(self, folder: Path, llvm: Mapping[str, Any]) -> None:
+        identity = json.dumps([tvm.__version__, dict(llvm)], sort_keys=True)
+        self._folder = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._target = tvm.target.Target(dict(llvm))
+
+    @staticmethod
+    def symbol(kernel: Any) -> str:
+        """The name under which a kernel is linked: equal for kernels of equal structure."""
+        return f"kernel_{tvm_ffi.structural_hash(kernel) & (2**64 - 1):016x}"
+
+    def object_file(self, kernel: Any) -> Path:
+        """The compiled kernel, compiled now if it is not there."""
+        symbol = self.symbol(kernel)
+        path = self._folder / f"{symbol}.o"
+        if path.exists():
+            os.utime(path)  # the least recently used go first when the cache is trimmed
+            return path
+        module = tvm.tirx.build(tvm.IRModule({symbol: kernel.with_attr("global_symbol", symbol)}), target=self._target)
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            made = Path(folder) / "kernel.o"
+            module.write_to_file(str(made))
+            made.replace(path)
+        return path

@@ -1,0 +1,43 @@
+"""Fixtures that several packages' tests share."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from targets.local import LocalTarget
+from targets.measurement import Timing
+from targets.spec import DeviceSpec, load_spec
+
+QUICK = Timing(repeats=1, min_repeat_s=0.0, warmup_s=0.0, retries=0, timeout_s=120.0)
+"""Checks everything and times hardly anything."""
+
+
+@pytest.fixture(scope="session")
+def quick() -> Timing:
+    return QUICK
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache folder for all pytest-xdist workers, as searches that run side by side would share it."""
+    root = tmp_path_factory.getbasetemp()
+    shared = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = shared / "edgewise-cache"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def local_spec() -> DeviceSpec:
+    """This machine with ceilings made up, so that no test waits for them to be measured."""
+    return dataclasses.replace(load_spec("local"), flops_per_s=1e11, read_bytes_per_s=1e10)
+
+
+@pytest.fixture(scope="session")
+def local_target(local_spec: DeviceSpec, kernel_cache: Path) -> Iterator[LocalTarget]:
+    target = LocalTarget(local_spec, kernel_cache)
+    yield target
+    target.close()

@@ -1,0 +1,247 @@
+"""This machine as a target: found out about once, and no failure of a program outlives its trial."""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from child_functions import Exports
+
+from cost_models.measured import make_sample
+from cost_models.program import build_program
+from search_spaces.config import SLMConfig
+from search_spaces.counting import params
+from search_spaces.workload import RequestTokens
+from targets.local import LocalTarget
+from targets.measurement import Measurement, Timing
+from targets.program import Program, Stage
+from targets.spec import DeviceSpec, load_spec
+from targets.target import TargetError
+
+MIB = 1 << 20
+SMALL = SLMConfig(vocab_size=61, d_model=32, num_layers=2, num_heads=4, ffn_dim=40, context=32)
+TOKENS = RequestTokens(prompt=6, generated=10)
+LARGE = SLMConfig(
+    vocab_size=4000, d_model=256, num_layers=8, attention="gqa", num_heads=8, num_kv_heads=4, ffn_dim=1024, context=128, tie_embeddings=False
+)
+LARGE_TOKENS = RequestTokens(prompt=64, generated=32)
+
+
+@pytest.fixture(scope="module")
+def small(local_target: LocalTarget, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return local_target.compile(build_program(SMALL, TOKENS), tmp_path_factory.mktemp("small") / "program")
+
+
+@pytest.fixture(scope="module")
+def large(local_target: LocalTarget, tmp_path_factory: pytest.TempPathFactory, quick: Timing) -> Measurement:
+    artifact = local_target.compile(build_program(LARGE, LARGE_TOKENS), tmp_path_factory.mktemp("large") / "program")
+    return local_target.measure(artifact, make_sample(LARGE, LARGE_TOKENS, 0), quick)
+
+
+# --- what the machine is ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found_out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[DeviceSpec, Path]]:
+    """This machine's spec with nothing declared, and the cache it left behind."""
+    cache = tmp_path_factory.mktemp("found") / "cache"
+    target = LocalTarget(load_spec("local"), cache)
+    yield target.spec, cache
+    target.close()
+
+
+def cpu_flags() -> set[str]:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith(("flags", "Features")):
+            return set(line.split(":")[1].split())
+    return set()
+
+
+def test_the_processor_is_detected(found_out: tuple[DeviceSpec, Path]) -> None:
+    spec, _ = found_out
+    machine = {"arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    assert spec.triple is not None
+    assert spec.triple.split("-")[0] == machine
+    assert spec.cpu
+    assert spec.cores == len(os.sched_getaffinity(0))
+    assert 1 << 28 < spec.memory_bytes < 1 << 46
+    flags = cpu_flags()
+    expected = 64 if "avx512f" in flags else 32 if "avx2" in flags else 16
+    assert spec.vector_bytes == expected
+
+
+def test_ceilings_are_those_of_some_real_machine(found_out: tuple[DeviceSpec, Path]) -> None:
+    spec, _ = found_out
+    assert 1e8 < spec.flops_per_s < 1e14
+    assert 1e8 < spec.read_bytes_per_s < 1e13
+
+
+def test_what_was_found_out_is_kept_and_not_found_out_again(found_out: tuple[DeviceSpec, Path], tmp_path: Path) -> None:
+    spec, cache = found_out
+    mine = Path(shutil.copytree(cache, tmp_path / "cache"))
+    (kept,) = mine.glob("ceilings-*.json")
+    assert json.loads(kept.read_text()) == {"flops_per_s": spec.flops_per_s, "read_bytes_per_s": spec.read_bytes_per_s}
+    kept.write_text('{"flops_per_s": 123.0, "read_bytes_per_s": 456.0}')
+    target = LocalTarget(load_spec("local"), mine)
+    assert (target.spec.flops_per_s, target.spec.read_bytes_per_s) == (123.0, 456.0)
+    target.close()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[1, 2]", "{}"], ids=["empty", "cut", "list", "nothing"])
+def test_a_damaged_record_is_found_out_again(damage: str, found_out: tuple[DeviceSpec, Path], tmp_path: Path) -> None:
+    _, cache = found_out
+    mine = Path(shutil.copytree(cache, tmp_path / "cache"))
+    (mine / "detected.json").write_text(damage)
+    target = LocalTarget(dataclasses.replace(load_spec("local"), flops_per_s=1.0, read_bytes_per_s=1.0), mine)
+    assert target.spec.triple == json.loads((cache / "detected.json").read_text())["triple"]
+    assert json.loads((mine / "detected.json").read_text()) == json.loads((cache / "detected.json").read_text())
+    target.close()
+
+
+def test_what_the_device_file_declares_is_taken_as_it_is(found_out: tuple[DeviceSpec, Path]) -> None:
+    _, cache = found_out
+    declared = dataclasses.replace(load_spec("local"), cores=1, vector_bytes=16, memory_bytes=10**9, flops_per_s=5.0, read_bytes_per_s=7.0)
+    target = LocalTarget(declared, cache)
+    spec = target.spec
+    assert (spec.cores, spec.vector_bytes, spec.memory_bytes, spec.flops_per_s, spec.read_bytes_per_s) == (1, 16, 10**9, 5.0, 7.0)
+    assert target.cpu.vector_bytes == 16
+    target.close()
+
+
+def test_without_a_cache_folder_nothing_is_left_behind(local_spec: DeviceSpec) -> None:
+    target = LocalTarget(local_spec)
+    folder = target._cache
+    assert target.spec.triple
+    assert folder is not None
+    assert folder.exists()
+    target.close()
+    assert not folder.exists()
+
+
+# --- failures -----------------------------------------------------------------------------------
+
+
+def sabotaged(export: Exports) -> Program:
+    program = build_program(SMALL, TOKENS)
+    key = next(iter(program.stages))
+    return dataclasses.replace(program, stages=program.stages | {key: Stage(key=key, export=export)})
+
+
+@pytest.mark.parametrize(
+    ("export", "message"),
+    [
+        (Exports("abort"), "compiling failed: the process was ended by SIGABRT"),
+        (Exports("segfault"), "compiling failed: the process was ended by SIGSEGV"),
+        (Exports("fail", "no such\noperator"), "compiling failed: ValueError: no such operator"),
+    ],
+    ids=["abort", "segfault", "raise"],
+)
+def test_a_compile_that_fails_costs_one_program(
+    export: Exports, message: str, local_target: LocalTarget, tmp_path: Path, quick: Timing
+) -> None:
+    with pytest.raises(TargetError, match=message) as caught:
+        local_target.compile(sabotaged(export), tmp_path / "bad")
+    assert "\n" not in str(caught.value)
+    artifact = local_target.compile(build_program(SMALL, TOKENS), tmp_path / "good")
+    assert local_target.measure(artifact, make_sample(SMALL, TOKENS, 0), quick).errors["decode"] < 1e-4
+
+
+def test_a_compile_that_hangs_ends_at_its_time_limit(local_target: LocalTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("targets.local.COMPILE_TIMEOUT_S", 1.0)
+    with pytest.raises(TargetError, match="compiling failed: no answer within 1 s"):
+        local_target.compile(sabotaged(Exports("hang")), tmp_path / "bad")
+
+
+def test_a_program_that_runs_too_long_is_ended_and_the_next_one_runs(local_target: LocalTarget, small: Path, quick: Timing) -> None:
+    endless = Timing(repeats=10**9, min_repeat_s=0.01, budget_s=1e9, timeout_s=4.0)
+    with pytest.raises(TargetError, match="measuring failed: no answer within 4 s"):
+        local_target.measure(small, make_sample(SMALL, TOKENS, 0), endless)
+    assert local_target.measure(small, make_sample(SMALL, TOKENS, 0), quick).attempts == 1
+
+
+def test_a_damaged_library_costs_one_program(local_target: LocalTarget, small: Path, tmp_path: Path, quick: Timing) -> None:
+    broken = Path(shutil.copytree(small, tmp_path / "broken"))
+    (broken / "program.so").write_bytes((broken / "program.so").read_bytes()[:1000])
+    with pytest.raises(TargetError, match="measuring failed"):
+        local_target.measure(broken, make_sample(SMALL, TOKENS, 0), quick)
+    assert local_target.measure(small, make_sample(SMALL, TOKENS, 0), quick).attempts == 1
+
+
+def test_measuring_leaves_only_the_program_in_its_folder(local_target: LocalTarget, small: Path, quick: Timing) -> None:
+    before = sorted(p.name for p in small.parent.rglob("*"))
+    local_target.measure(small, make_sample(SMALL, TOKENS, 0), quick)
+    assert sorted(p.name for p in small.parent.rglob("*")) == before
+
+
+# --- what is measured ---------------------------------------------------------------------------
+
+
+def test_raw_times_are_kept_one_for_each_repeat(local_target: LocalTarget, small: Path) -> None:
+    timing = Timing(repeats=7, min_repeat_s=0.0, warmup_s=0.0, retries=0)
+    found = local_target.measure(small, make_sample(SMALL, TOKENS, 0), timing)
+    assert set(found.times_s) == {"prefill", "decode"}
+    for times in (*found.times_s.values(), found.reference_s):
+        assert len(times) == 7
+        assert all(0 < t < 10 for t in times)
+    assert found.device == "local"
+    assert found.attempts == 1
+
+
+def test_a_used_up_budget_still_takes_five_times(local_target: LocalTarget, small: Path) -> None:
+    timing = Timing(repeats=50, min_repeat_s=0.0, warmup_s=0.0, budget_s=0.0, retries=0)
+    found = local_target.measure(small, make_sample(SMALL, TOKENS, 0), timing)
+    assert {len(times) for times in found.times_s.values()} == {5}
+
+
+def test_a_noisy_timing_is_taken_again_at_most_as_often_as_asked(local_target: LocalTarget, small: Path) -> None:
+    timing = Timing(repeats=5, min_repeat_s=0.0, warmup_s=0.0, retries=2)
+    found = local_target.measure(small, make_sample(SMALL, TOKENS, 0), timing)
+    assert 1 <= found.attempts <= 3
+    assert found.attempts == 3 or not found.noisy
+
+
+def test_packed_weights_of_a_model_are_little_larger_than_the_weights(large: Measurement) -> None:
+    """Both phases use one packed copy, and rows are padded to whole tiles only."""
+    program = build_program(LARGE, LARGE_TOKENS)
+    assert 9e6 < params(LARGE) < 12e6
+    assert program.weight_bytes <= large.packed_bytes <= 1.02 * program.weight_bytes
+
+
+def test_peak_memory_is_the_weights_and_little_more(large: Measurement) -> None:
+    if large.peak_bytes is None:
+        pytest.skip("this system does not tell a process its peak memory")
+    assert large.packed_bytes <= large.peak_bytes < 4 * large.packed_bytes + 64 * MIB
+
+
+def test_workspace_is_counted_for_each_function(large: Measurement) -> None:
+    residual_bytes = LARGE_TOKENS.prompt * LARGE.d_model * 4
+    assert set(large.workspace_bytes) == {"prefill", "decode"}
+    assert residual_bytes <= large.workspace_bytes["prefill"] < 40 * residual_bytes
+    assert LARGE.vocab_size * 4 <= large.workspace_bytes["decode"] < large.workspace_bytes["prefill"]
+
+
+def test_tied_weights_are_kept_as_a_table_and_as_a_packed_matrix(local_target: LocalTarget, small: Path, quick: Timing) -> None:
+    """Rows are gathered from one form and multiplied in the other; nothing else is kept twice."""
+    found = local_target.measure(small, make_sample(SMALL, TOKENS, 0), quick)
+    manifest: dict[str, Any] = json.loads((small / "manifest.json").read_text())
+    names = [name for name, _ in manifest["weights"]]
+    assert sorted(name for name in names if names.count(name) > 1) == ["embed.tokens.weight"] * 2
+    assert found.packed_bytes > build_program(SMALL, TOKENS).weight_bytes
+
+
+def test_the_measuring_process_holds_no_other_threads_than_tvms(local_target: LocalTarget, small: Path, quick: Timing) -> None:
+    local_target.measure(small, make_sample(SMALL, TOKENS, 0), quick)
+    ask = local_target._runner.call
+    assert ask("child_functions:loaded", "tvm", "torch", "optuna", "scipy", "pandas", timeout_s=30) == ["tvm"]
+    assert ask("child_functions:libraries", "libtorch", "libtvm_compiler", timeout_s=30) == []
+    assert ask("child_functions:environment", "TVM_NUM_THREADS", timeout_s=30) == str(local_target.spec.cores)
+
+
+def test_a_second_compile_of_the_same_program_is_the_same_program(local_target: LocalTarget, small: Path, tmp_path: Path) -> None:
+    again = local_target.compile(build_program(SMALL, TOKENS), tmp_path / "again")
+    assert (again / "manifest.json").read_bytes() == (small / "manifest.json").read_bytes()

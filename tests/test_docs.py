@@ -1,0 +1,57 @@
+"""Every command that the README and the pages show is run, in the order shown, and every TOML they show is loaded."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def fenced(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if fenced(p, "console")], ids=lambda p: p.stem)
+def test_commands_shown_work(page: Path, tmp_path: Path) -> None:
+    commands = [line[2:] for block in fenced(page, "console") for line in block.splitlines() if line.startswith("$ ")]
+    assert commands
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "EDGEWISE_CACHE": str(tmp_path / "cache")}
+    for command in commands:
+        program, *arguments = shlex.split(command)
+        assert program == "edgewise", command
+        done = subprocess.run(
+            [sys.executable, "-m", "nas", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_python_shown_for_an_export_works(tmp_path: Path) -> None:
+    (code,) = fenced(ROOT / "docs" / "export.md", "python")
+    commands = [line[2:] for line in "".join(fenced(ROOT / "docs" / "export.md", "console")).splitlines() if "measure" not in line]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "EDGEWISE_CACHE": str(tmp_path / "cache")}
+    for command in commands:
+        subprocess.run([sys.executable, "-m", "nas", *shlex.split(command)[1:]], cwd=tmp_path, env=environment, check=True)
+    script = "import torch\n" + code + "assert logits.shape[-1] == tokenizer.vocab_size\n"
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if fenced(p, "toml")], ids=lambda p: p.stem)
+def test_spaces_shown_load(page: Path, tmp_path: Path) -> None:
+    from search_spaces.space import load_space
+
+    for number, text in enumerate(fenced(page, "toml")):
+        path = tmp_path / f"{number}.toml"
+        path.write_text(text, encoding="utf-8")
+        assert load_space(path).asked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists() or (ROOT / target).exists(), f"{page.name}: {target}"
