@@ -141,9 +141,7 @@ class LocalTarget:
         )
         if spec.flops_per_s and spec.read_bytes_per_s:
             return spec
-        measured = self._kept(
-            f"ceilings-{spec.cpu}-{spec.cores}.json", ("flops_per_s", "read_bytes_per_s"), lambda: self._ceilings(spec)
-        )
+        measured = self._kept(f"ceilings-{spec.cpu}-{spec.cores}.json", ("flops_per_s", "read_bytes_per_s"), lambda: self._ceilings(spec))
         return dataclasses.replace(
             spec,
             flops_per_s=spec.flops_per_s or measured["flops_per_s"],

@@ -174,9 +174,7 @@ def test_decode_stages_do_not_depend_on_the_request_and_prefill_stages_only_on_t
 
 
 def test_keys_are_the_same_in_another_process() -> None:
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:]; import test_program as t; print(sorted(t.build_program(t.make(), t.TOKENS).stages))"
-    )
+    code = "import sys; sys.path[:0] = sys.argv[1:]; import test_program as t; print(sorted(t.build_program(t.make(), t.TOKENS).stages))"
     root = Path(__file__).parents[2]
     folders = [str(root), str(root / "tests"), str(Path(__file__).parent)]
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *folders], capture_output=True, text=True, check=True)

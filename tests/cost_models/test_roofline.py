@@ -1,6 +1,7 @@
 """The roofline, by hand and as a bound."""
 
 import dataclasses
+import itertools
 import random
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def test_neither_ceiling_is_undercut(config: SLMConfig, bandwidth: float, rate: 
 
 def test_a_longer_prompt_never_costs_less() -> None:
     found = [Roofline().estimate(CONFIG, RequestTokens(prompt=p, generated=2), SPEC) for p in range(1, 14)]
-    for shorter, longer in zip(found, found[1:], strict=False):
+    for shorter, longer in itertools.pairwise(found):
         assert longer.prefill_s > shorter.prefill_s
         assert longer.decode_s_per_token > shorter.decode_s_per_token
 

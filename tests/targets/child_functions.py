@@ -21,7 +21,7 @@ def echo(value: Any) -> Any:
 
 def loaded(*modules: str) -> list[str]:
     """Those of the named modules that this process holds."""
-    return [name for name in modules if name in sys.modules]
+    return [name for name in modules if sys.modules.get(name) is not None]
 
 
 def libraries(*parts: str) -> list[str]:

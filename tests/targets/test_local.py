@@ -27,8 +27,9 @@ MIB = 1 << 20
 SMALL = SLMConfig(vocab_size=61, d_model=32, num_layers=2, num_heads=4, ffn_dim=40, context=32)
 TOKENS = RequestTokens(prompt=6, generated=10)
 LARGE = SLMConfig(
-    vocab_size=4000, d_model=256, num_layers=8, attention="gqa", num_heads=8, num_kv_heads=4, ffn_dim=1024, context=128, tie_embeddings=False
-)
+    vocab_size=4000, d_model=256, num_layers=8, attention="gqa", num_heads=8, num_kv_heads=4, ffn_dim=1024, context=128,
+    tie_embeddings=False,
+)  # fmt: skip
 LARGE_TOKENS = RequestTokens(prompt=64, generated=32)
 
 
@@ -206,7 +207,7 @@ def test_a_noisy_timing_is_taken_again_at_most_as_often_as_asked(local_target: L
 
 
 def test_packed_weights_of_a_model_are_little_larger_than_the_weights(large: Measurement) -> None:
-    """Both phases use one packed copy, and rows are padded to whole tiles only."""
+    """Both phases use one packed copy, rows are padded to whole tiles only, and the rotary table is among them."""
     program = build_program(LARGE, LARGE_TOKENS)
     assert 9e6 < params(LARGE) < 12e6
     assert program.weight_bytes <= large.packed_bytes <= 1.02 * program.weight_bytes

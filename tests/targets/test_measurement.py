@@ -55,7 +55,9 @@ def test_noisy_names_the_functions_that_are() -> None:
     peak=st.one_of(st.none(), st.integers(0, 1 << 40)),
     attempts=st.integers(1, 3),
 )
-def test_a_measurement_survives_json(times: dict[str, tuple[float, ...]], reference: tuple[float, ...], peak: int | None, attempts: int) -> None:
+def test_a_measurement_survives_json(
+    times: dict[str, tuple[float, ...]], reference: tuple[float, ...], peak: int | None, attempts: int
+) -> None:
     m = Measurement(
         device="null", times_s=times, reference_s=reference, peak_bytes=peak, workspace_bytes={"decode": 7}, packed_bytes=1 << 33,
         errors={"decode": 1.5e-7}, attempts=attempts,

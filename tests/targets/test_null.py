@@ -92,6 +92,6 @@ def test_weights_used_twice_are_stored_once_and_read_twice(tmp_path: Path) -> No
 
 
 def test_the_null_target_loads_neither_torch_nor_tvm() -> None:
-    code = "import sys; from targets.target import load_target; load_target('null').close(); print({'torch', 'tvm', 'numpy'} & {*sys.modules})"
+    code = "import sys; from targets.target import load_target; load_target('null'); print({'torch', 'tvm', 'numpy'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert done.stdout.strip() == "set()"

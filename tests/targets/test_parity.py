@@ -76,7 +76,8 @@ CHOICES: dict[str, dict[str, Any]] = {
         for parts in ("both", "attention", "ffn")
     },
     "sharing-layer-wise": {
-        "num_layers": 4, "sharing": "cycle_rev", "num_unique_layers": 2, "num_heads": (2, 3, 3, 2), "head_dim": 6, "ffn_dim": (17, 9, 9, 17),
+        "num_layers": 4, "sharing": "cycle_rev", "num_unique_layers": 2,
+        "num_heads": (2, 3, 3, 2), "head_dim": 6, "ffn_dim": (17, 9, 9, 17),
     },
     **{
         f"series-{mode}-{ffn}": {"series_activation": 3, "series_mode": mode, "ffn": ffn}
@@ -244,9 +245,7 @@ def test_a_wrong_input_is_refused_at_the_step_that_reads_it(local_target: LocalT
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("array", ["step2.logits", "attentions.1.k.weight"])
-def test_a_value_that_is_not_finite_is_refused(
-    array: str, value: float, local_target: LocalTarget, artifact: Path, quick: Timing
-) -> None:
+def test_a_value_that_is_not_finite_is_refused(array: str, value: float, local_target: LocalTarget, artifact: Path, quick: Timing) -> None:
     step = 2 if array.startswith("step2") else 0
     with pytest.raises(TargetError, match=rf"step {step} \("):
         local_target.measure(artifact, changed(array, at_first(lambda _: value)), quick)

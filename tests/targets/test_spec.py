@@ -27,9 +27,9 @@ def test_the_null_device_has_ceilings_and_the_local_one_leaves_everything_to_det
 
 
 def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InvalidDevice, match="target 'pixel9' is not known; choose one of .*local.*null"):
+    with pytest.raises(InvalidDevice, match=r"target 'pixel9' is not known; choose one of .*local.*null"):
         load_spec("pixel9")
-    with pytest.raises(InvalidDevice, match="'../null' is not known"):
+    with pytest.raises(InvalidDevice, match=r"'\.\./null' is not known"):
         load_target("../null")
 
 

@@ -49,9 +49,17 @@ def test_the_environment_given_is_set_in_the_child(worker: Worker) -> None:
     assert ask(worker, "environment", "HOME") == os.environ.get("HOME")
 
 
+def test_a_module_the_child_must_do_without_is_not_there() -> None:
+    worker = Worker({}, without=("fractions", "no.such.thing"))
+    with pytest.raises(WorkerError, match=r"^ModuleNotFoundError: import of fractions halted"):
+        worker.call("fractions:Fraction", 1, 2, timeout_s=SOON_S)
+    assert ask(worker, "add", 1, 2) == 3
+    worker.close()
+
+
 def test_an_exception_is_one_line_and_the_child_lives_on(worker: Worker) -> None:
     before = ask(worker, "pid")
-    with pytest.raises(WorkerError, match="^ValueError: first second$") as caught:
+    with pytest.raises(WorkerError, match=r"^ValueError: first second$") as caught:
         ask(worker, "fail", "first\n  second")
     assert "\n" not in str(caught.value)
     assert ask(worker, "pid") == before
@@ -84,7 +92,7 @@ def test_a_crash_is_one_call_and_the_next_has_a_new_child(worker: Worker, functi
 def test_the_last_words_of_one_crash_are_not_those_of_the_next(worker: Worker) -> None:
     with pytest.raises(WorkerError, match="last words"):
         ask(worker, "abort")
-    with pytest.raises(WorkerError, match="status 7$"):
+    with pytest.raises(WorkerError, match=r"status 7$"):
         ask(worker, "leave", 7)
 
 
