@@ -85,7 +85,7 @@ def is_noisy(measurement: Mapping[str, Any] | None) -> bool:
 def is_slow(measurement: Mapping[str, Any] | None) -> bool:
     """Whether a raw measuring record was taken while the device ran slower than it can, by the rule of `targets.measurement`."""
     record = measurement or {}
-    times_s, best_s = record.get("reference_s"), record.get("reference_best_s")
+    times_s, best_s = record.get("reference_s") or (), float(record.get("reference_best_s") or 0)
     return bool(times_s and best_s) and statistics.median(times_s) > SLOW * best_s
 
 
