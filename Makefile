@@ -29,7 +29,6 @@ test: lint
 
 bench: setup
 	$(BIN)/python benchmarks/engine.py
-	$(BIN)/python benchmarks/trial_cost.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -64,7 +64,7 @@ class Settings:
     seed: int = 0
     sampler: str = "tpe"
     speed: Speed = "request"
-    train_bytes: int = 1_000_000
+    train_bytes: int = 384_000
     """Text that each candidate trains on."""
     workload: Workload = dataclasses.field(default_factory=Workload)
     limits: Limits = dataclasses.field(default_factory=Limits)

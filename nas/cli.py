@@ -56,7 +56,7 @@ def cli() -> None:
 @cli.command()
 @click.option("--space", default="tiny", show_default=True, help="What to search: a name from `edgewise spaces list`, or a TOML file.")
 @click.option("--target", default="local", show_default=True, help="Where models will run: a name from `edgewise targets list`.")
-@click.option("--trials", type=click.IntRange(min=1), help="End when the run has this many trials, of any outcome.  [default: 24]")
+@click.option("--trials", type=click.IntRange(min=1), help="End when the run has this many trials, of any outcome.  [default: 20]")
 @click.option("--timeout", type=Duration(), help="Begin no trial after this long, as in 10m; alone, it replaces --trials.")
 @click.option(
     "--speed",
@@ -71,7 +71,7 @@ def cli() -> None:
 @click.option(
     "--corpus", default="sotu", show_default=True, help="Text to train on: sotu, or a .txt, .md, .jsonl or .parquet file or a folder."
 )
-@click.option("--train-bytes", type=Size(), default="1MB", show_default=True, help="Text that each candidate trains on.")
+@click.option("--train-bytes", type=Size(), default="384kB", show_default=True, help="Text that each candidate trains on.")
 @click.option("--sampler", default="tpe", show_default=True, help=f"How candidates are proposed: {_SAMPLERS}.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of proposals, weights and order of text.")
 @click.option("--storage", metavar="URL", help="An Optuna storage instead of study.db in the run folder, as in postgresql://…")

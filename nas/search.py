@@ -28,7 +28,7 @@ from targets.target import Target
 if TYPE_CHECKING:
     import optuna
 
-DEFAULT_TRIALS = 24
+DEFAULT_TRIALS = 20
 """Trials of a search that is told neither how many nor how long."""
 
 IDLE_TRIALS = 100
