@@ -69,15 +69,21 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
 
 
 def propose(study: optuna.Study, space: SearchSpace, sampler: str, seed: int, trial: int) -> Proposal:
-    """What the sampler proposes for a trial, given the study's trials before it; changes nothing."""
+    """What the sampler proposes for a trial, given the study's trials before it; changes nothing.
+
+    The first trials are the space's starts, if it has any.
+    """
     state = np.random.SeedSequence([seed, trial]).generate_state(1)
     memory = optuna.create_study(directions=study.directions, sampler=make_sampler(sampler, int(state[0])))
     memory.add_trials(study.get_trials(deepcopy=False)[:trial])
+    start = space.start(trial)
+    if start is not None:
+        memory.enqueue_trial(dict(start))
     asked = memory.ask()
     space.suggest(asked)
     drawn = memory.get_trials(deepcopy=False)[-1]
     # A sampler's notes for parallel workers are of no use once the trial is over; a generation's number is.
-    attrs = {k: v for k, v in drawn.system_attrs.items() if "relative_params" not in k}
+    attrs = {k: v for k, v in drawn.system_attrs.items() if "relative_params" not in k and k != "fixed_params"}
     return Proposal(trial=trial, params=drawn.params, distributions=drawn.distributions, system_attrs=attrs)
 
 

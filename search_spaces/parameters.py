@@ -149,6 +149,15 @@ class Choices:
         """A value, uniformly at random."""
         return rng.choice(self.values)
 
+    @property
+    def plain(self) -> Value:
+        """The value to take where nothing says otherwise: the first written."""
+        return self.values[0]
+
+    def holds(self, value: object) -> bool:
+        """Whether a trial may have this value."""
+        return value in self.values
+
     def may_be(self, wanted: Iterable[Value]) -> bool:
         """Whether some value is among `wanted`."""
         return any(v in wanted for v in self.values)
@@ -193,6 +202,18 @@ class Range:
         if self.size is None:
             return rng.uniform(self.low, self.high)
         return self.low + rng.randrange(self.size) * (self.step or 1)
+
+    @property
+    def plain(self) -> Value:
+        """The value to take where nothing says otherwise: the lowest."""
+        return self.low
+
+    def holds(self, value: object) -> bool:
+        """Whether a trial may have this value."""
+        if isinstance(value, bool) or not isinstance(value, int if self._is_int else int | float) or not self.low <= value <= self.high:
+            return False
+        steps = (value - self.low) / (self.step or 1)
+        return self.size is None or self.log or abs(steps - round(steps)) < 1e-6
 
     def may_be(self, wanted: Iterable[Value]) -> bool:
         """Whether an end of the range is among `wanted`."""

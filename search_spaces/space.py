@@ -9,6 +9,7 @@ the rules in `REPAIRS`. No `InvalidConfig` ever comes out of a space that loads.
 name = "mine"
 about = "One line for people."
 params = [100_000, 2_500_000]              # optional: parameters a candidate may have
+starts = [{d_model = 64}, {d_model = 256}] # optional: what to try first; what it leaves out is the first choice, or low
 
 [parameters]
 vocab_size = [1024, 4096]                  # a list: one of these
@@ -67,6 +68,9 @@ class SearchSpace(Protocol):
     def suggest(self, trial: "BaseTrial", *, vocab_sizes: Mapping[int, int] | None = None) -> SLMConfig:
         """An architecture from this trial's parameters; called once per trial, before anything is compiled or trained."""
 
+    def start(self, number: int) -> Mapping[str, Any] | None:
+        """Parameters that trial `number` is given instead of a proposal; None: ask the sampler."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Space:
@@ -80,6 +84,8 @@ class Space:
     params_range: tuple[int, int] | None
     """Least and most parameters a candidate may have: a constraint of the search; None: any."""
     axes: tuple[Axis, ...]
+    starts: tuple[tuple[tuple[str, Value], ...], ...] = ()
+    """What the first trials are given instead of a proposal, so that a front has both of its ends from the beginning."""
 
     # --- asking ---------------------------------------------------------------------------
 
@@ -107,6 +113,13 @@ class Space:
     def draw(self, rng: random.Random) -> dict[str, Value]:
         """Parameters at random, as `trial.params` would have them: the same for the same `rng` state."""
         return {axis.name: axis.draw(rng) for axis in self.asked}
+
+    def start(self, number: int) -> dict[str, Value] | None:
+        """The parameters of a start, every asked one: as written, else the first choice or the lowest; None beyond the last."""
+        if number >= len(self.starts):
+            return None
+        given = dict(self.starts[number])
+        return {axis.name: given.get(axis.name, axis.plain) for axis in self.asked}
 
     def requested_vocab(self, params: Mapping[str, object]) -> int:
         """The vocabulary size these parameters ask of the tokenizer (what comes out may be smaller).
@@ -146,7 +159,8 @@ class Space:
     def sha256(self) -> str:
         """A content hash of what is searched, whatever the name and the description."""
         plain = self.to_dict()
-        text = json.dumps({"params": plain.get("params"), "parameters": plain["parameters"]}, sort_keys=True)
+        searched = {key: plain.get(key) for key in ("params", "parameters", "starts")}
+        text = json.dumps(searched, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -161,6 +175,8 @@ class Space:
         head: dict[str, Any] = {"name": self.name, "about": self.about}
         if self.params_range is not None:
             head["params"] = list(self.params_range)
+        if self.starts:
+            head["starts"] = [dict(start) for start in self.starts]
         return {**head, "parameters": {axis.name: axis.to_plain() for axis in self.axes}}
 
     @classmethod
@@ -168,7 +184,7 @@ class Space:
         """The inverse of `to_dict`, and what a TOML file holds.
 
         Args:
-            values: `parameters`, and optionally `name`, `about` and `params`.
+            values: `parameters`, and optionally `name`, `about`, `params` and `starts`.
             name: the name if `values` has none.
 
         Raises:
@@ -177,20 +193,28 @@ class Space:
         given_name = values.get("name", name)
         require(isinstance(given_name, str) and given_name != "", f"name={given_name!r} is not a name; give a short text")
         where = f"space {given_name!r}"
-        refuse_unknown(where, values, ("name", "about", "params", "parameters"))
+        refuse_unknown(where, values, ("name", "about", "params", "starts", "parameters"))
         about = values.get("about", "")
         require(isinstance(about, str), f"{where}: about={about!r} is not a text; give one line")
         table = values.get("parameters")
         require(isinstance(table, Mapping), f"{where}: [parameters] is missing; give at least vocab_size, d_model, num_layers and head_dim")
         assert isinstance(table, Mapping)
         axes = read_axes(where, table)
-        return cls(name=given_name, about=about, params_range=_params_range(where, values.get("params")), axes=axes)
+        return cls(
+            name=given_name,
+            about=about,
+            params_range=_params_range(where, values.get("params")),
+            axes=axes,
+            starts=_starts(where, values.get("starts", []), axes),
+        )
 
     def to_toml(self) -> str:
         """TOML text that `load_space` reads, each parameter with its meaning: a file to start one's own from."""
         lines = [f"name = {_toml(self.name)}", f"about = {_toml(self.about)}"]
         if self.params_range is not None:
             lines.append(f"params = {_toml(list(self.params_range))}")
+        if self.starts:
+            lines.append(f"starts = [{', '.join(_toml(dict(start)) for start in self.starts)}]")
         lines += ["", "[parameters]"]
         lines += [f"{axis.name} = {_toml(axis.to_plain())}  # {BY_NAME[axis.name].meaning}" for axis in self.axes]
         return "\n".join(lines) + "\n"
@@ -248,6 +272,21 @@ def describe(space: Space) -> tuple[Row, ...]:
             values = f"{value_text(axis.low)} to {value_text(axis.high)}{note}"
         rows.append(Row(name=axis.name, kind=kind, values=values, meaning=BY_NAME[axis.name].meaning))
     return tuple(rows)
+
+
+def _starts(where: str, given: object, axes: tuple[Axis, ...]) -> tuple[tuple[tuple[str, Value], ...], ...]:
+    ok = isinstance(given, list | tuple) and all(isinstance(start, Mapping) for start in given)
+    require(ok, f"{where}: starts={given!r} is not a list of tables; give [{{d_model = 64}}, …]")
+    assert isinstance(given, list | tuple)
+    asked = {axis.name: axis for axis in axes if axis.size != 1}
+    starts = []
+    for number, start in enumerate(given):
+        for name, value in start.items():
+            start_where = f"{where}: starts[{number}]"
+            require(name in asked, f"{start_where}: {name} is not a parameter that is asked{hint(name, asked, 'remove it')}")
+            require(asked[name].holds(value), f"{start_where}: {name}={value!r} is not among the values of {name}; choose one of them")
+        starts.append(tuple((name, start[name]) for name in asked if name in start))
+    return tuple(starts)
 
 
 def _params_range(where: str, given: object) -> tuple[int, int] | None:
