@@ -370,8 +370,9 @@ def test_round_trip_through_dict_and_toml(name: str, tmp_path: Path) -> None:
     assert load_space(str(path)) == space
 
 
-def test_toml_of_awkward_texts(tmp_path: Path) -> None:
-    space = Space.from_dict({"name": 'a "b" \\ é', "about": "tab\there \x7f", "parameters": {**NEEDED, "norm_eps": [1e-5, 1e-12]}})
+def test_toml_of_awkward_texts_and_values(tmp_path: Path) -> None:
+    table = {**NEEDED, "norm_eps": [1e-5, 1e-12], "context": {"low": 64, "high": 4096, "log": True}}
+    space = Space.from_dict({"name": 'a "b" \\ é', "about": "tab\there \x7f", "parameters": table})
     path = tmp_path / "x.toml"
     path.write_text(space.to_toml(), encoding="utf-8")
     assert load_space(path) == space
