@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cost_models.program import ROWS, state_name
+from cost_models.program import state_name
 from search_spaces.config import SLMConfig
 from search_spaces.counting import kv_bytes_per_token
 from search_spaces.stages import cache_names
 from search_spaces.workload import RequestTokens, Workload
 from targets.measurement import Measurement
-from targets.program import Sample, Step
+from targets.program import ROWS, Sample, Step
 
 if TYPE_CHECKING:
     from search_spaces.model import SLM

@@ -6,10 +6,7 @@ from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 from search_spaces.stages import Phase, StageUse, cache_names, cache_row_shapes, stage_uses
 from search_spaces.workload import RequestTokens
-from targets.program import Call, Function, Program, Stage, TensorSpec
-
-ROWS = ".rows"
-"""Suffix of the new rows that a function returns for a state."""
+from targets.program import ROWS, Call, Function, Program, Stage, TensorSpec
 
 
 def build_program(config: SLMConfig, tokens: RequestTokens) -> Program:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from cost_models.estimate import CostModel
 from nas.corpus import Corpus
 from nas.describe import describe_config, format_bytes, format_count, format_ms
-from nas.errors import UserError
+from nas.errors import InvalidRun, UserError
 from nas.evaluation import Evaluation, Speed
-from nas.run import Run
+from nas.run import Run, without_password
 from search_spaces.config import SLMConfig
 from search_spaces.counting import count, kv_bytes, peak_bytes
 from search_spaces.space import Space
@@ -96,7 +96,7 @@ class Settings:
             "prompt_bytes": self.workload.prompt_bytes,
             "generate_bytes": self.workload.generate_bytes,
             **dataclasses.asdict(self.limits),
-            "storage": self.storage,
+            "storage": None if self.storage is None else without_password(self.storage),
         }
 
 
@@ -156,16 +156,19 @@ def _prepare(bench: Bench, evaluation: Evaluation, before: Sequence[Evaluation])
     """Counts, looks for an equal trial, and only then makes or reads the tokenizer, whose real size decides."""
     if evaluation.estimate is not None:
         return evaluation
+    from nas.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+
     vocab = bench.space.requested_vocab(evaluation.params_drawn)
     with _step(bench, evaluation, "count") as save:
         config = bench.space.config(evaluation.params_drawn)
         tokens = bench.settings.workload.tokens(assumed_bytes_per_token(vocab))
         requested = _counted(bench, evaluation, config, tokens)
-        early = _ruled_out(bench, requested, before)
+        # The real vocabulary may be smaller than the requested one: a limit rules out only what would break it with none
+        # but the bytes. (Both, as a space's smallest size is broken from the other side.)
+        least = _counted(bench, evaluation, dataclasses.replace(config, vocab_size=min(config.vocab_size, MIN_VOCAB_SIZE)), tokens)
+        early = _ruled_out(bench, requested, before, least.evolve(bytes_per_token=assumed_bytes_per_token(vocab)))
         if early is not None:
             return save(early)
-
-    from nas.tokenizer import train_tokenizer
 
     with _step(bench, evaluation, "tokenizer", f"vocabulary {vocab}") as save:
         tokenizer = train_tokenizer(bench.corpus, vocab, bench.run.tokenizer_path(vocab))
@@ -182,12 +185,15 @@ def _prepare(bench: Bench, evaluation: Evaluation, before: Sequence[Evaluation])
         return save(counted.evolve(estimate=estimate.to_dict()))
 
 
-def _ruled_out(bench: Bench, counted: Evaluation, before: Sequence[Evaluation]) -> Evaluation | None:
-    """The finished record, if counting alone decides: an equal trial is copied, a broken limit is infeasible."""
+def _ruled_out(bench: Bench, counted: Evaluation, before: Sequence[Evaluation], least: Evaluation | None = None) -> Evaluation | None:
+    """The finished record, if counting alone decides: an equal trial is copied, a broken limit is infeasible.
+
+    With `least`, a limit must be broken by that too.
+    """
     original = next((e for e in before if e.config == counted.config and e.duplicate_of is None), None)
     if original is not None:
         return original.evolve(trial=counted.trial, params_drawn=counted.params_drawn, duplicate_of=original.trial, stage_s={})
-    reason = _broken(bench, counted)
+    reason = _broken(bench, counted, least)
     return None if reason is None else counted.evolve(state="infeasible", reason=reason)
 
 
@@ -226,9 +232,7 @@ def _measure(bench: Bench, evaluation: Evaluation, before: Sequence[Evaluation])
 
 def _train(bench: Bench, evaluation: Evaluation, before: Sequence[Evaluation]) -> Evaluation:
     """Trains and scores; the weights are on disk, with their score, before the record says so."""
-    from nas.tokenizer import train_tokenizer
-    from nas.training import train
-    from nas.weights import read_facts, save_weights
+    from nas.weights import read_facts
 
     config, path = _config(evaluation), bench.run.weights_path(evaluation.trial)
     # A run killed between the weights and the record finds the score in the weights' header.
@@ -239,30 +243,66 @@ def _train(bench: Bench, evaluation: Evaluation, before: Sequence[Evaluation]) -
         bench.run.log(evaluation.trial, "train", "done", recovered=True)
         return scored
 
-    vocab = bench.space.requested_vocab(evaluation.params_drawn)
-    tokenizer = train_tokenizer(bench.corpus, vocab, bench.run.tokenizer_path(vocab))
     try:
         with _step(bench, evaluation, "train", format_count(evaluation.params) + " parameters") as save:
-            model, score = train(
-                config,
-                bench.corpus,
-                tokenizer,
-                bench.settings.budget(),
-                bench.settings.seed,
-                threads=1 if (evaluation.params or 0) < ONE_THREAD_BELOW else None,
-                progress=lambda fraction: bench.view.stage(evaluation.trial, "train", describe_config(config), fraction),
-            )
-            # Wall-clock figures would make equal runs differ: they are in the log.
-            values = {k: v for k, v in score.to_dict().items() if k not in ("train_s", "eval_s")}
-            if not score.diverged:
-                save_weights(path, model, {"score": values})
-            return save(_scored(evaluation, values))
+            return save(_scored(evaluation, _trained(bench, evaluation)))
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
         failed = evaluation.evolve(state="failed", reason=f"training ran out of memory: {_first_line(error)}")
         failed.save(bench.run.trial_path(evaluation.trial))
         return failed
+
+
+def _trained(bench: Bench, evaluation: Evaluation) -> dict[str, Any]:
+    """Trains, keeps the weights unless they diverged, and returns the score."""
+    from nas.tokenizer import train_tokenizer
+    from nas.training import train
+    from nas.weights import save_weights
+
+    config = _config(evaluation)
+    vocab = bench.space.requested_vocab(evaluation.params_drawn)
+    model, score = train(
+        config,
+        bench.corpus,
+        train_tokenizer(bench.corpus, vocab, bench.run.tokenizer_path(vocab)),
+        bench.settings.budget(),
+        bench.settings.seed,
+        threads=1 if (evaluation.params or 0) < ONE_THREAD_BELOW else None,
+        progress=lambda fraction: bench.view.stage(evaluation.trial, "train", describe_config(config), fraction),
+    )
+    # Wall-clock figures would make equal runs differ: they are in the log.
+    values = {k: v for k, v in score.to_dict().items() if k not in ("train_s", "eval_s")}
+    if not score.diverged:
+        save_weights(bench.run.weights_path(evaluation.trial), model, {"score": values})
+    return values
+
+
+def restore(bench: Bench, evaluation: Evaluation) -> Evaluation:
+    """Makes a complete trial's tokenizer or weights anew if they are lost or damaged; a damaged weight file is set aside.
+
+    Returns:
+        The record, with the score of the new weights if they were trained again (on the same machine, the same score).
+    """
+    from nas.tokenizer import train_tokenizer
+    from nas.weights import load_weights
+
+    config, path = _config(evaluation), bench.run.weights_path(evaluation.trial)
+    vocab = bench.space.requested_vocab(evaluation.params_drawn)
+    tokenizer = train_tokenizer(bench.corpus, vocab, bench.run.tokenizer_path(vocab))
+    if tokenizer.vocab_size != config.vocab_size:
+        bench.view.note(f"the tokenizer of trial {evaluation.trial} cannot be made again: another version makes another one")
+        return evaluation
+    try:
+        load_weights(path, config)
+    except InvalidRun:
+        kept = f"damaged (kept as {bench.run.set_aside(path).name})" if path.exists() else "lost"
+        bench.view.note(f"the weights of trial {evaluation.trial} were {kept}; it is trained again")
+    else:
+        return evaluation
+    with _step(bench, evaluation, "train", "again") as save:
+        again = _scored(evaluation, _trained(bench, evaluation))
+        return save(again) if again != evaluation else evaluation
 
 
 @contextmanager
@@ -327,10 +367,11 @@ def _memory_bytes(bench: Bench, evaluation: Evaluation) -> int | None:
     return evaluation.weight_bytes + kv_bytes(config, total)
 
 
-def _broken(bench: Bench, evaluation: Evaluation) -> str | None:
-    """The limit that is broken, in one line, or None."""
+def _broken(bench: Bench, evaluation: Evaluation, least: Evaluation | None = None) -> str | None:
+    """The limit that is broken (by `least` too, if that is given), in one line, or None."""
+    broken_by_least = None if least is None else {what for what, value, most in _limits(bench, least) if value > most}
     for what, value, most in _limits(bench, evaluation):
-        if value <= most:
+        if value <= most or (broken_by_least is not None and what not in broken_by_least):
             continue
         if what == "--max-latency":
             return f"{format_ms(value)} ms a token is above --max-latency {format_ms(most)} ms"

@@ -6,7 +6,7 @@ charts follow a light or dark theme. Text from users is escaped here: plotly rea
 
 import html
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,10 @@ def _front_figure(
 ) -> Figure:
     on_front = {e.trial for e in front}
     taken = chosen.trial if chosen is not None else None
+    starts = [r for r in references if r.evaluation in shown]
+    marked = {r.evaluation.trial for r in starts}
+    # A start off the front has its own mark only; on the front it is a frame around the filled one.
+    others = [e for e in shown if e.trial not in on_front and e.trial not in marked]
     values = [v for e in (*shown, *(r.evaluation for r in references)) if (v := axis.value(e)) is not None]
     scale = _log_scale(min(values), max(values))
     step = _step(axis, shown, 10.0 ** scale["range"][0 if axis.rate else 1])
@@ -113,7 +117,7 @@ def _front_figure(
             "line": {"shape": "vh" if axis.rate else "hv", "width": 2, "color": "--front"},
             "hoverinfo": "skip",
         },
-        _marks(axis, [e for e in shown if e.trial not in on_front], "other candidates", {"color": "--muted", "size": 8, "opacity": 0.55}),
+        _marks(axis, others, "other candidates", {"color": "--muted", "size": 8, "opacity": 0.55}),
         _marks(axis, [e for e in shown if e.trial in on_front and e.trial != taken], "on the front", {"color": "--front", "size": 11}),
         _marks(
             axis,
@@ -122,11 +126,9 @@ def _front_figure(
             {"color": "--chosen", "size": 19, "symbol": "star", "line": {"width": 1.5, "color": "--card"}},
         ),
     ]
-    if references:
-        marks = _marks(axis, [r.evaluation for r in references], "references", {"color": "--text", "size": 10, "symbol": "diamond-open"})
-        marks["hovertext"] = [hover(r.evaluation, r.name) for r in references]
-        marks["text"] = [html.escape(r.name) for r in references]
-        data.append({**marks, "mode": "markers+text", "textposition": "top center"})
+    data.append(_named_marks(axis, starts, "plain models (starts)", {"color": "--text", "size": 17, "symbol": "diamond-open"}, on_front))
+    known = [r for r in references if r not in starts]
+    data.append(_named_marks(axis, known, "references", {"color": "--text", "size": 10, "symbol": "diamond-open"}))
     return {
         "data": [trace for trace in data if trace["x"]],
         "layout": {
@@ -159,6 +161,17 @@ def _marks(axis: Axis, shown: Sequence[Evaluation], name: str, marker: dict[str,
         "hovertext": [hover(e) for e in shown],
         "hovertemplate": "%{hovertext}<extra></extra>",
     }
+
+
+def _named_marks(
+    axis: Axis, shown: Sequence[Reference], name: str, marker: dict[str, Any], drawn: Collection[int] = ()
+) -> dict[str, Any]:
+    """Open marks with their names above; without the error bars of trials `drawn` already, which would lie on each other."""
+    marks = _marks(axis, [r.evaluation for r in shown], name, marker)
+    marks["hovertext"] = [hover(r.evaluation, r.name) for r in shown]
+    marks["error_y"]["array"] = [0.0 if r.evaluation.trial in drawn else r.evaluation.val_bpb_stderr or 0.0 for r in shown]
+    text = [html.escape(r.name) for r in shown]
+    return {**marks, "text": text, "mode": "markers+text", "textposition": "top center", "textfont": {"size": 11}}
 
 
 def _step(axis: Axis, shown: Sequence[Evaluation], edge: float) -> list[tuple[float, float]]:

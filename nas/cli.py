@@ -74,7 +74,11 @@ def cli() -> None:
 @click.option("--train-bytes", type=Size(), default="384kB", show_default=True, help="Text that each candidate trains on.")
 @click.option("--sampler", default="tpe", show_default=True, help=f"How candidates are proposed: {_SAMPLERS}.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of proposals, weights and order of text.")
-@click.option("--storage", metavar="URL", help="An Optuna storage instead of study.db in the run folder, as in postgresql://…")
+@click.option(
+    "--storage",
+    metavar="URL",
+    help="A database that SQLAlchemy reaches (sqlite, postgresql, mysql) for the study, instead of study.db in the run folder.",
+)
 @click.option("--run", "run_path", metavar="DIR", type=click.Path(path_type=Path), help="The run folder.  [default: runs/SPACE-TARGET]")
 @click.option("--json", "as_json", is_flag=True, help="Print the front as JSON at the end, and nothing else on stdout.")
 def search(
@@ -160,7 +164,7 @@ def search(
 
 def _show_outcome(outcome: "Outcome", where: Path, speed: "Speed", as_json: bool) -> None:
     """The front, where things are, and the exit status."""
-    from nas.search import front_json
+    from nas.front import front_json
 
     if as_json:
         click.echo(json.dumps(front_json(outcome.front, speed), indent=1))
@@ -194,9 +198,8 @@ def front(run_path: Path, as_json: bool) -> None:
       edgewise front runs/tiny-local
       edgewise front runs/tiny-local --json | jq '.front[] | [.trial, .val_bpb]'
     """
-    from nas.front import front_of
+    from nas.front import front_json, front_of, speed_of
     from nas.run import open_run
-    from nas.search import front_json, speed_of
 
     run = open_run(run_path)
     speed = speed_of(run)

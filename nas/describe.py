@@ -1,5 +1,7 @@
 """Architectures and quantities in the words people read; the only place where milliseconds and megabytes exist."""
 
+import math
+
 from search_spaces.config import PerLayer, SLMConfig
 
 _ACTIVATIONS = {"relu": "ReLU", "gelu": "GELU", "gelu_tanh": "GELU-tanh", "silu": "SiLU"}
@@ -32,7 +34,26 @@ def describe_config(config: SLMConfig) -> str:
         words.append(f"{config.augmented_shortcuts} augmented {'shortcut' if config.augmented_shortcuts == 1 else 'shortcuts'}")
     words.append(f"vocab {config.vocab_size}")
     words.append("tied" if config.tie_embeddings else "untied")
-    return ", ".join(words)
+    return ", ".join([*words, *_less_usual(config).values()])
+
+
+def _less_usual(config: SLMConfig) -> dict[str, str]:
+    """Words for what mostly is as it is by default, where it is not, by the name of the fact."""
+    c = config
+    plain = SLMConfig(vocab_size=c.vocab_size, d_model=c.d_model, num_layers=c.num_layers, num_heads=1)
+    biased = " and ".join(part for part, has in _biases(c).items() if has)
+    found = {
+        "biases": f"bias on {biased}" if biased else "",
+        "norm bias": "norms without bias" if c.norm == "layernorm" and not c.norm_bias else "",
+        "norm epsilon": f"epsilon {c.norm_eps:g}" if c.norm_eps != plain.norm_eps else "",
+        "embedding scale": f"embeddings × {_embedding_scale(c)}" if c.embedding_scale != plain.embedding_scale else "",
+        "context": f"context {c.context}" if c.context != plain.context else "",
+        "rotary base": f"rotary base {c.rope_theta:g}" if c.rope_theta != plain.rope_theta else "",
+        "value width": f"values of {c.v_head_dim}" if c.v_head_dim not in (None, c.head_dim) else "",
+        "position offset": f"positions from {c.position_offset}" if c.position_offset else "",
+        "shortcut reduction": f"shortcuts reduced by {c.shortcut_reduction}" if c.shortcut_reduction != plain.shortcut_reduction else "",
+    }
+    return {name: words for name, words in found.items() if words}
 
 
 def attention_words(config: SLMConfig) -> str:
@@ -70,7 +91,36 @@ def design_facts(config: SLMConfig) -> dict[str, str | int | float]:
         "sharing": "none" if config.sharing == "none" else f"{config.sharing.replace('_', '-')} ({config.shared_parts})",
         "series terms": config.series_activation,
         "shortcuts": config.augmented_shortcuts,
+        "shortcut reduction": config.shortcut_reduction,
+        "series": config.series_mode,
+        "context": config.context,
+        "rotary dims": config.rotary_dim,
+        "rotary base": config.rope_theta,
+        "position offset": config.position_offset,
+        "unique layers": config.num_unique_layers or config.num_layers,
+        "latent rank": config.kv_rank,
+        "query rank": config.q_rank,
+        "value width": config.v_head_dim or config.head_dim,
+        "biases": "+".join(part for part, has in _biases(config).items() if has) or "none",
+        "norm bias": "yes" if config.norm_bias else "no",
+        "norm epsilon": config.norm_eps,
+        "embedding scale": _embedding_scale(config),
+        **_by_layer(config),
     }
+
+
+def _biases(config: SLMConfig) -> dict[str, bool]:
+    return {"QKV": config.qkv_bias, "attention output": config.attention_bias, "FFN": config.ffn_bias, "head": config.head_bias}
+
+
+def _embedding_scale(config: SLMConfig) -> str:
+    return "√width" if config.embedding_scale == math.sqrt(config.d_model) else f"{config.embedding_scale:g}"
+
+
+def _by_layer(config: SLMConfig) -> dict[str, str]:
+    """How sizes go from the first layer to the last: "same", or all of them."""
+    sizes = {"heads by layer": config.num_heads, "kv heads by layer": config.num_kv_heads, "FFN by layer": config.ffn_dim}
+    return {name: " ".join(map(str, size)) if isinstance(size, tuple) else "same" for name, size in sizes.items()}
 
 
 def _attention(config: SLMConfig) -> str:

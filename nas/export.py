@@ -1,7 +1,9 @@
 """A trained model to take away: a folder that loads again, here or wherever safetensors and tokenizer.json are read.
 
 ```
+import torch
 from nas.export import load_exported
+
 model, tokenizer = load_exported("my-model")
 logits = model(torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("My fellow citizens")]]))
 ```
@@ -14,14 +16,21 @@ from typing import TYPE_CHECKING, Any
 from nas.describe import describe_config, format_bpb, format_bytes, format_count, format_ms, format_s
 from nas.errors import InvalidRun
 from nas.evaluation import Evaluation, write_whole
-from nas.front import front_of
+from nas.front import front_of, speed_of
 from nas.run import Run
-from nas.search import speed_of
 from search_spaces.config import MODEL_TYPE, SLMConfig
 
 if TYPE_CHECKING:
     from nas.tokenizer import Tokenizer
     from search_spaces.model import SLM
+
+LOADING = """\
+import torch
+from nas.export import load_exported
+
+model, tokenizer = load_exported("my-model")
+logits = model(torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("My fellow citizens")]]))
+"""
 
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 
@@ -43,23 +52,25 @@ def export_trial(run: Run, trial: int, to: Path) -> Path:
     source = run.weights_path(trial if evaluation.duplicate_of is None else evaluation.duplicate_of)
     if evaluation.state != "complete":
         raise InvalidRun(f"trial {trial} is {evaluation.state}, so it has no trained weights; {choices}")
+    from nas.tokenizer import REMEDY, Tokenizer
+    from nas.weights import load_weights, read_facts, save_weights
+
     if not source.exists():
+        if any(e.trial in (trial, evaluation.duplicate_of) for e in front):
+            raise InvalidRun(f"the weights of trial {trial}, {source}, are lost; {REMEDY}")
         raise InvalidRun(f"trial {trial} is not on the front of run {str(run.path)!r}, so its weights were not kept; {choices}")
     _check_folder(to)
 
-    from nas.tokenizer import Tokenizer
-    from nas.weights import load_weights
-
     config = evaluation.config
     assert config is not None
-    load_weights(source, config)
+    model = load_weights(source, config, REMEDY)
     tokenizer_path = run.tokenizer_path(_requested_vocab(run, evaluation))
     tokenizer = Tokenizer.from_file(tokenizer_path)
-    meta_path = tokenizer_path.with_suffix(".meta.json")
+    # What tokenizer.json has no room for goes into the weights' header.
+    facts = {**(read_facts(source) or {}), "tokenizer": tokenizer.meta}
     write_whole(to / CONFIG, config.to_json())
-    write_whole(to / WEIGHTS, source.read_bytes())
+    save_weights(to / WEIGHTS, model, facts)
     write_whole(to / TOKENIZER, tokenizer_path.read_bytes())
-    write_whole((to / TOKENIZER).with_suffix(".meta.json"), meta_path.read_bytes())
     write_whole(to / CARD, model_card(run, evaluation, tokenizer.vocab_size))
     return to
 
@@ -72,11 +83,15 @@ def load_exported(folder: str | Path) -> "tuple[SLM, Tokenizer]":
         InvalidRun: if the weights or the tokenizer are missing, damaged, or of another model.
     """
     from nas.tokenizer import Tokenizer
-    from nas.weights import load_weights
+    from nas.weights import load_weights, read_facts
 
     folder = Path(folder)
     config = SLMConfig.load(folder)
-    tokenizer = Tokenizer.from_file(folder / TOKENIZER)
+    meta = (read_facts(folder / WEIGHTS) or {}).get("tokenizer")
+    if not isinstance(meta, dict):
+        load_weights(folder / WEIGHTS, config)  # says what is wrong with it, if anything else is
+        raise InvalidRun(f"{folder / WEIGHTS} does not say what tokenizer it goes with; export the model again")
+    tokenizer = Tokenizer.from_file(folder / TOKENIZER, meta, "export the model again")
     if tokenizer.vocab_size > config.vocab_size:
         raise InvalidRun(
             f"{folder / TOKENIZER} has {tokenizer.vocab_size} ids and vocab_size={config.vocab_size}; they are not of the same model"
@@ -96,19 +111,19 @@ def model_card(run: Run, evaluation: Evaluation, vocab_size: int) -> str:
     score: Any = evaluation.score or {}
     config = evaluation.config
     assert config is not None
-    sharing = "" if config.sharing == "none" else f", {config.num_unique_layers} of {config.num_layers} layers unique ({config.sharing})"
+    where = f"On {_plain(device['name'])}{_cpu(device)}" if manifest["target"] != "null" else "Counted, not measured (target null)"
     return "\n".join(
         [
             f"# {_plain(run.name)}, trial {evaluation.trial}",
             "",
-            f"A decoder-only language model: {describe_config(config)}{sharing}. {format_count(evaluation.params)} parameters, "
+            f"A decoder-only language model: {describe_config(config)}. {format_count(evaluation.params)} parameters, "
             f"context {config.context} tokens, byte-level BPE of {vocab_size} tokens ({evaluation.bytes_per_token:.2f} bytes each).",
             "",
             "A short training from scratch made it, to compare architectures: it is a starting point, not a finished model.",
             "",
             "## Measured",
             "",
-            f"On {_plain(device['name'])}{_cpu(device)}, search begun {manifest['created']}; float32, one request at a time, "
+            f"{where}, search begun {manifest['created']}; float32, one request at a time, "
             f"{settings['prompt_bytes']} bytes of prompt, {settings['generate_bytes']} generated.",
             "",
             "| what | value |",
@@ -136,10 +151,7 @@ def model_card(run: Run, evaluation: Evaluation, vocab_size: int) -> str:
             "## Loading",
             "",
             "```python",
-            "from nas.export import load_exported",
-            "model, tokenizer = load_exported(FOLDER)",
-            'logits = model(torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("My fellow citizens")]]))',
-            "```",
+            LOADING + "```",
             "",
         ]
     )

@@ -1,9 +1,31 @@
-"""Which candidates nothing beats: the Pareto front, its volume, and the one to take by default."""
+"""Which candidates nothing beats: the Pareto front, its volume, the one to take by default, and all that as JSON."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+from nas.errors import InvalidRun
 from nas.evaluation import Evaluation, Speed
+from nas.run import Run
+
+FRONT_FIELDS = (
+    "trial",
+    "state",
+    "config",
+    "bytes_per_token",
+    "params",
+    "flops_per_token",
+    "weight_bytes",
+    "kv_bytes_per_token",
+    "peak_bytes",
+    "prefill_s",
+    "decode_s_per_token",
+    "request_s",
+    "bytes_per_s",
+    "val_bpb",
+    "val_bpb_stderr",
+)
+"""What front.json and `--json` say of each model; raw records are in trials/."""
 
 
 def pareto_front(points: Sequence[tuple[float, ...]]) -> list[int]:
@@ -72,3 +94,23 @@ def choose(front: Sequence[Evaluation], speed: Speed = "decode") -> Evaluation |
             if depth > best_depth:
                 best, best_depth = evaluation, depth
     return best
+
+
+def speed_of(run: Run) -> Speed:
+    """The time a run trades against bits per byte.
+
+    Raises:
+        InvalidRun: if its manifest does not say.
+    """
+    speed = run.manifest["settings"].get("speed") if isinstance(run.manifest["settings"], dict) else None
+    if speed not in ("prefill", "decode", "request"):
+        raise InvalidRun(f"{run.path / 'manifest.json'} is damaged: speed={speed!r}; restore it, or give another --run")
+    known: Speed = speed
+    return known
+
+
+def front_json(front: Sequence[Evaluation], speed: Speed) -> dict[str, Any]:
+    """A front as plain JSON values: what was traded, the default choice, the models fastest first."""
+    chosen = choose(front, speed)
+    models = [{name: values[name] for name in FRONT_FIELDS} for values in (e.to_dict() for e in front)]
+    return {"speed": speed, "chosen": None if chosen is None else chosen.trial, "front": models}

@@ -6,6 +6,7 @@ trials only, each added whole. So a killed search proposes again exactly what it
 lost can be made again from the folder's evaluations.
 """
 
+import errno
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from optuna.trial import TrialState, create_trial
 
 from nas.errors import InvalidRun, UserError
 from nas.evaluation import Evaluation, Speed
+from nas.run import without_password
 from search_spaces.space import SearchSpace
 
 SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random")
@@ -139,6 +141,7 @@ def open_study(storage: str | None, run_path: Path, name: str) -> Iterator[tuple
 
     Raises:
         InvalidRun: if the storage cannot be opened.
+        OSError: if there is no room for study.db.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path = run_path / "study.db"
@@ -146,6 +149,8 @@ def open_study(storage: str | None, run_path: Path, name: str) -> Iterator[tuple
     try:
         opened = _load(storage or _sqlite_url(path), name)
     except Exception as error:
+        if storage is None and _disk_full(error):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
         if storage is not None or not _is_damaged(path):
             raise _cannot_open(storage or str(path), error) from error
         aside = path.with_name("study.db.damaged")
@@ -165,7 +170,9 @@ def _load(url: str, name: str) -> tuple[optuna.storages.BaseStorage, optuna.Stud
     with _quiet_alembic():
         inner: optuna.storages.BaseStorage
         if url.startswith(("redis", "journal")):
-            raise InvalidRun(f"storage {url!r} is not a database URL; give one such as sqlite:///study.db or postgresql://…")
+            raise InvalidRun(
+                f"storage {without_password(url)!r} is not a database URL; give one such as sqlite:///study.db or postgresql://…"
+            )
         inner = optuna.storages.RDBStorage(url)
         study = optuna.create_study(storage=inner, study_name=name, directions=["minimize", "minimize"], load_if_exists=True)
         study.get_trials(deepcopy=False)
@@ -208,19 +215,18 @@ def _is_damaged(path: Path) -> bool:
             connection.close()
 
 
+def _disk_full(error: BaseException | None) -> bool:
+    """Whether SQLite ran out of space, somewhere down the chain of causes; then "disk I/O error" is how it shows too."""
+    while error is not None:
+        if "disk is full" in str(error) or "disk I/O error" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
 def _cannot_open(storage: str, error: Exception) -> InvalidRun:
     if isinstance(error, InvalidRun):
         return error
     reason = str(error.__cause__ or error).strip().splitlines()
-    return InvalidRun(
-        f"storage {_without_password(storage)!r} cannot be opened ({reason[0] if reason else type(error).__name__}); check the URL"
-    )
-
-
-def _without_password(url: str) -> str:
-    from sqlalchemy.engine import make_url
-
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except Exception:
-        return url
+    why = without_password(reason[0]) if reason else type(error).__name__
+    return InvalidRun(f"storage {without_password(storage)!r} cannot be opened ({why}); check the URL")

@@ -18,9 +18,11 @@ from nas.report_page import PAGE
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["Reference", "write_report"]
+    from search_spaces.space import Space
 
-_STAGES = ("count", "compile", "measure", "train")
+__all__ = ["Reference", "starts_among", "write_report"]
+
+_STAGES = ("count", "tokenizer", "compile", "measure", "train")
 """The order in which a trial's stages are shown; others come after them."""
 
 _MOST_LISTED = 200
@@ -45,7 +47,7 @@ def write_report(
         manifest: the run's settings, all shown. `device`, `created`, `corpus` and `train_bytes` head the page; each is
             looked for at any depth and may be text, a number or a mapping with a `name`.
         path: the HTML file.
-        references: known models to mark beside the candidates.
+        references: models to mark by name: some of `evaluations` (see `starts_among`), or known ones from elsewhere.
         speed: the time the run searched by.
         study: the Optuna study, for its parameters' distributions.
     """
@@ -77,6 +79,15 @@ def write_report(
         plotly=_plotly() if figures else "",
     )
     return write_whole(path, page)
+
+
+def starts_among(evaluations: Sequence[Evaluation], space: "Space") -> list[Reference]:
+    """The plain models that the space begins with, of which the trial is complete, to mark among the candidates."""
+    return [
+        Reference(name=f"plain, {format_count(e.params)}", evaluation=e)
+        for e in evaluations
+        if e.state == "complete" and e.params_drawn and e.params_drawn == space.start(e.trial)
+    ]
 
 
 def _plotly() -> str:

@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -32,8 +33,10 @@ from nas.evaluation import Evaluation, write_whole
 FORMAT = 1
 """Version of the run folder's layout."""
 
-_SETTLED = ("format", "seed", "space", "target", "corpus", "settings")
-"""What must be the same for a run to go on."""
+_SETTLED = ("format", "seed", "space", "target", "corpus", "settings", "device")
+"""What must be the same for a run to go on: of the corpus its text, of the device what its times depend on."""
+
+_DEVICE = ("triple", "cpu", "cores", "vector_bytes")
 
 _OPTIONS = {
     "seed": "--seed",
@@ -122,9 +125,8 @@ class Run:
         loaded = ((n, self.load(n)) for n in numbers)
         return [e.evolve(stage_s=seconds.get(n, {})) for n, e in loaded if e is not None]
 
-    def set_aside(self, trial: int) -> Path:
-        """Renames a trial's damaged record out of the way and returns its new path; nothing is deleted."""
-        path = self.trial_path(trial)
+    def set_aside(self, path: Path) -> Path:
+        """Renames a damaged file out of the way and returns its new path; nothing is deleted."""
         aside = path.with_name(path.name + ".damaged")
         count = 1
         while aside.exists():
@@ -241,7 +243,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise InvalidRun(f"{file} cannot be read ({error.strerror}); check the folder's permissions") from error
     except ValueError as error:
         raise InvalidRun(f"{file} is damaged ({error}); restore it, or give another --run") from error
-    missing = [key for key in (*_SETTLED, "id", "created", "versions", "device") if not isinstance(manifest, dict) or key not in manifest]
+    missing = [key for key in (*_SETTLED, "id", "created", "versions") if not isinstance(manifest, dict) or key not in manifest]
     if missing:
         raise InvalidRun(f"{file} is damaged: it lacks {missing[0]!r}; restore it, or give another --run")
     if manifest["format"] != FORMAT:
@@ -256,16 +258,20 @@ def _same_run(run: Run, wanted: Mapping[str, Any]) -> None:
     """Refuses to go on with other settings; the first difference is named."""
     wanted = json.loads(json.dumps(wanted))
     for key in _SETTLED:
-        before, now = run.manifest[key], wanted[key]
+        before, now = _comparable(key, run.manifest[key]), _comparable(key, wanted[key])
         if before == now:
             continue
         name: str = key
-        if isinstance(before, dict) and isinstance(now, dict) and key in ("settings", "corpus"):
+        if isinstance(before, dict) and isinstance(now, dict) and key in ("settings", "device"):
             inner = next((k for k in (*before, *now) if before.get(k) != now.get(k)), "")
-            if key == "settings":
-                name, before, now = inner, before.get(inner), now.get(inner)
-            else:
-                before, now = (f"{c['name']} (sha256 {str(c['sha256'])[:12]})" for c in (before, now))
+            name, before, now = inner, before.get(inner), now.get(inner)
+            if key == "device":
+                raise InvalidRun(
+                    f"run {str(run.path)!r} was made on another machine ({name} {_shown(before)}, not {_shown(now)}), whose times "
+                    "do not compare; go on with it there, or give another --run"
+                )
+        elif key == "corpus":
+            before, now = (f"{c.get('name')} (sha256 {str(c.get('sha256'))[:12]})" for c in (run.manifest[key], wanted[key]))
         elif key == "space":
             before, now = (s.get("name") for s in (before, now))
             if before == now:
@@ -275,6 +281,25 @@ def _same_run(run: Run, wanted: Mapping[str, Any]) -> None:
             f"run {str(run.path)!r} was made with {option} {_shown(before)}, not {_shown(now)}; "
             "use the same to go on with it, or give another --run"
         )
+
+
+def _comparable(key: str, value: Any) -> Any:
+    """The part of a manifest's entry that must stay the same."""
+    if not isinstance(value, dict):
+        return value
+    if key == "corpus":
+        return value.get("sha256")  # the same text under another name or path is the same corpus
+    if key == "device":
+        return {k: value.get(k) for k in _DEVICE}
+    if key == "settings" and isinstance(value.get("storage"), str):
+        return {**value, "storage": without_password(value["storage"])}
+    return value
+
+
+def without_password(url: str) -> str:
+    """A database URL with *** in place of its password."""
+    hidden = re.sub(r"(:/+[^:/@]*:)[^@]*@", r"\1***@", url)
+    return re.sub(r"(?i)([?&](?:password|passwd|pwd)=)[^&]*", r"\1***", hidden)
 
 
 def _shown(value: object) -> str:
@@ -292,6 +317,15 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def changed_versions(run: Run) -> str | None:
+    """What is installed otherwise than when a run was made, in one line; None if nothing is."""
+    before, now = run.manifest["versions"], versions()
+    if not isinstance(before, dict):
+        return None
+    changed = [f"{name} {before[name]}, now {now[name]}" for name in now if name in before and before[name] != now[name]]
+    return f"the run was made with {'; '.join(changed)}: results may differ from earlier trials'" if changed else None
 
 
 def utc_now() -> str:

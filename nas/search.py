@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cost_models.estimate import CostModel
-from nas.candidates import Bench, Settings, View, evaluate, violation
+from nas.candidates import Bench, Settings, View, evaluate, restore, violation
 from nas.corpus import Corpus
 from nas.errors import InvalidRun, UserError
 from nas.evaluation import Evaluation, Speed, write_whole
-from nas.front import choose, front_of
-from nas.run import FORMAT, Run, utc_now, versions
+from nas.front import choose, front_json, front_of, speed_of
+from nas.run import FORMAT, Run, changed_versions, utc_now, versions
 from search_spaces.space import Space
 from targets.spec import DeviceSpec
 from targets.target import Target
@@ -113,6 +113,9 @@ def search(
     most = DEFAULT_TRIALS if trials is None and timeout_s is None else trials
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     with run.locked():
+        changed = changed_versions(run)
+        if changed is not None:
+            view.note(changed)
         _set_damaged_aside(run, view)
         with open_study(settings.storage, run.path, f"edgewise-{run.manifest['id']}") as (study, repaired):
             if repaired is not None:
@@ -120,6 +123,7 @@ def search(
             view.start(most, timeout_s, [e for e in run.evaluations() if e.state != "running"])
             try:
                 _loop(bench, study, most, deadline)
+                _restore_front(bench)
                 interrupted = False
             except KeyboardInterrupt:
                 interrupted = True
@@ -181,51 +185,14 @@ def rewrite_report(run: Run) -> None:
     Raises:
         InvalidRun: if a trial's record is damaged.
     """
-    from nas.report import write_report
+    from nas.report import starts_among, write_report
 
-    write_report(run.name, run.evaluations(), run.manifest, run.report_path, speed=speed_of(run))
-
-
-def speed_of(run: Run) -> Speed:
-    """The time a run trades against bits per byte.
-
-    Raises:
-        InvalidRun: if its manifest does not say.
-    """
-    speed = run.manifest["settings"].get("speed") if isinstance(run.manifest["settings"], dict) else None
-    if speed not in ("prefill", "decode", "request"):
-        raise InvalidRun(f"{run.path / 'manifest.json'} is damaged: speed={speed!r}; restore it, or give another --run")
-    known: Speed = speed
-    return known
+    evaluations = run.evaluations()
+    references = starts_among(evaluations, Space.from_dict(run.manifest["space"]))
+    write_report(run.name, evaluations, run.manifest, run.report_path, references, speed=speed_of(run))
 
 
 # --- the front on disk ------------------------------------------------------------------------
-
-FRONT_FIELDS = (
-    "trial",
-    "state",
-    "config",
-    "bytes_per_token",
-    "params",
-    "flops_per_token",
-    "weight_bytes",
-    "kv_bytes_per_token",
-    "peak_bytes",
-    "prefill_s",
-    "decode_s_per_token",
-    "request_s",
-    "bytes_per_s",
-    "val_bpb",
-    "val_bpb_stderr",
-)
-"""What front.json and `--json` say of each model; raw records are in trials/."""
-
-
-def front_json(front: Sequence[Evaluation], speed: Speed) -> dict[str, Any]:
-    """A front as plain JSON values: what was traded, the default choice, the models fastest first."""
-    chosen = choose(front, speed)
-    models = [{name: values[name] for name in FRONT_FIELDS} for values in (e.to_dict() for e in front)]
-    return {"speed": speed, "chosen": None if chosen is None else chosen.trial, "front": models}
 
 
 def write_front(run: Run, front: Sequence[Evaluation], speed: Speed) -> None:
@@ -244,6 +211,13 @@ def _keep_weights_of(run: Run, front: Sequence[Evaluation], done: Sequence[Evalu
 # --- repairs ----------------------------------------------------------------------------------
 
 
+def _restore_front(bench: Bench) -> None:
+    """Makes what the front's exports need anew, if it is lost: at the end, as only then the front is sure."""
+    done = [e for e in bench.run.evaluations() if e.state != "running"]
+    for evaluation in front_of(done, bench.settings.speed):
+        restore(bench, evaluation.evolve(stage_s={}))
+
+
 def _set_damaged_aside(run: Run, view: View) -> None:
     """Moves records that cannot be read out of the way; their trials are done again."""
     for path in sorted((run.path / "trials").glob("*.json")):
@@ -252,5 +226,5 @@ def _set_damaged_aside(run: Run, view: View) -> None:
         try:
             run.load(int(path.stem))
         except InvalidRun as error:
-            aside = run.set_aside(int(path.stem))
+            aside = run.set_aside(path)
             view.note(f"{error}; kept as {aside.name}, and trial {int(path.stem)} is done again")

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ MIN_VOCAB_SIZE = 257
 MAX_TRAINING_BYTES = 8 * 1024 * 1024
 """Merges learned from more text differ too little to be worth the wait."""
 
+REMEDY = "run the same search command again, it makes it anew"
+"""What helps when a run's tokenizer or a front trial's weights are lost."""
+
 _FORMAT = 1
 _EXCERPT_BYTES = 8 * 1024
 _KEPT = 8
@@ -48,11 +51,12 @@ class Tokenizer:
     the corpus has too few repeats. `bytes_per_token` was measured on the training text.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, meta: dict[str, Any], sha256: str) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, meta: Mapping[str, Any], sha256: str) -> None:
         # Without this a document that spells out <|endoftext|> would end in the middle.
         inner.encode_special_tokens = True
         self._inner = inner
         self.sha256 = sha256
+        self.meta = dict(meta)
         self.vocab_size: int = inner.get_vocab_size()
         self.bytes_per_token = float(meta["bytes_per_token"])
         self.corpus_sha256 = str(meta["corpus_sha256"])
@@ -63,8 +67,13 @@ class Tokenizer:
         self.end_of_text: int = end
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "Tokenizer":
+    def from_file(cls, path: str | Path, meta: Mapping[str, Any] | None = None, remedy: str = REMEDY) -> "Tokenizer":
         """Reads what `train_tokenizer` wrote.
+
+        Args:
+            path: the tokenizer.json.
+            meta: what its .meta.json says, if that is kept elsewhere.
+            remedy: what an error says to do.
 
         Raises:
             InvalidRun: if the file or its .meta.json is missing, damaged, or belongs to another.
@@ -72,16 +81,17 @@ class Tokenizer:
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
-            meta = json.loads(_meta_path(path).read_text(encoding="utf-8"))
+            if meta is None:
+                meta = json.loads(_meta_path(path).read_text(encoding="utf-8"))
             sha256 = hashlib.sha256(text.encode()).hexdigest()
             if meta["format"] != _FORMAT or meta["sha256"] != sha256:
-                raise ValueError(f"{_meta_path(path).name} was made for another file")
+                raise ValueError("it is not the file that was written")
             return cls(tokenizers.Tokenizer.from_str(text), meta, sha256)
         except OSError as error:
-            raise InvalidRun(f"tokenizer {str(error.filename)!r} cannot be read ({error.strerror}); train it again") from error
+            raise InvalidRun(f"tokenizer {str(error.filename)!r} cannot be read ({error.strerror}); {remedy}") from error
         except Exception as error:  # `tokenizers` raises bare Exception on a malformed file
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InvalidRun(f"tokenizer {str(path)!r} is damaged ({reason}); delete it, and it is trained again") from error
+            raise InvalidRun(f"tokenizer {str(path)!r} is damaged ({reason}); {remedy}") from error
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; no end of text is added."""

@@ -42,8 +42,13 @@ def read_facts(path: Path) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) else None
 
 
-def load_weights(path: Path, config: SLMConfig) -> SLM:
+def load_weights(path: Path, config: SLMConfig, remedy: str = "export the model again") -> SLM:
     """The model of a config with the weights of a file, in evaluation mode.
+
+    Args:
+        path: the file.
+        config: the architecture.
+        remedy: what an error says to do.
 
     Raises:
         InvalidRun: if the file is missing or damaged, or its tensors are not those of the config.
@@ -55,17 +60,17 @@ def load_weights(path: Path, config: SLMConfig) -> SLM:
             wanted = dict(model.named_parameters())
             for name, parameter in wanted.items():
                 if name not in names:
-                    raise InvalidRun(f"{path} lacks the tensor {name!r} of this architecture; {_OTHER}")
+                    raise InvalidRun(f"{path} lacks the tensor {name!r} of this architecture; {_OTHER}; {remedy}")
                 shape = tuple(file.get_slice(name).get_shape())
                 if shape != tuple(parameter.shape):
-                    raise InvalidRun(f"{path}: tensor {name!r} has shape {list(shape)}, not {list(parameter.shape)}; {_OTHER}")
+                    raise InvalidRun(f"{path}: tensor {name!r} has shape {list(shape)}, not {list(parameter.shape)}; {_OTHER}; {remedy}")
             extra = sorted(names - wanted.keys())
             if extra:
-                raise InvalidRun(f"{path} has the tensor {extra[0]!r}, which this architecture lacks; {_OTHER}")
+                raise InvalidRun(f"{path} has the tensor {extra[0]!r}, which this architecture lacks; {_OTHER}; {remedy}")
             with torch.no_grad():
                 for name, parameter in wanted.items():
                     parameter.copy_(file.get_tensor(name))
     except (OSError, SafetensorError) as error:
         reason = "there is no such file" if not path.exists() else str(error).splitlines()[0]
-        raise InvalidRun(f"{path} cannot be read ({reason}); export the model again") from error
+        raise InvalidRun(f"{path} cannot be read ({reason}); {remedy}") from error
     return model.eval()

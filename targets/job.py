@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from targets.measurement import Timing
 from targets.program import Step
 
+MANIFEST, LIBRARY = "manifest.json", "program.so"
+"""Files of a compiled program."""
 PRODUCT_SIZE = 384
 """Rows, columns and depth of the probe's product: large enough for full speed, small enough to stay in a cache."""
 READ_VALUES = 16 << 20

@@ -1,9 +1,10 @@
 """Compiled kernels kept on disk by content, so that a kernel seen before is only linked.
 
 A kernel's identity is its structure (names do not count), the target and the compiler's version. Files are
-written whole, so several processes may share a cache; a file that is there is complete.
+renamed into place when complete, so several processes may share a cache.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ from typing import Any
 import tvm
 import tvm_ffi
 
+MOST_BYTES = 1 << 30
+"""Kernels of one target that are kept: about fifty thousand."""
 _FORMAT = 2
 """Counts up when kernels are built in another way."""
 
@@ -53,3 +56,17 @@ class KernelCache:
             module.write_to_file(str(made))
             made.replace(path)
         return path
+
+    def trim(self, most_bytes: int = MOST_BYTES) -> None:
+        """Removes the kernels that were used longest ago until the others fit into `most_bytes`."""
+        files = []
+        for path in self._folder.glob("*.o"):
+            with contextlib.suppress(FileNotFoundError):  # another process trims, too
+                stat = path.stat()
+                files.append((stat.st_mtime, stat.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= most_bytes:
+                return
+            path.unlink(missing_ok=True)
+            total -= size

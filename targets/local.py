@@ -4,15 +4,16 @@ The measuring child holds nothing but TVM's runtime, since another library's thr
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from targets.cpu import Cpu
-from targets.job import PRODUCT_SIZE, READ_VALUES, Job
+from targets.job import MANIFEST, PRODUCT_SIZE, READ_VALUES, Job
 from targets.measurement import Measurement, Timing
 from targets.program import Program, Sample
 from targets.spec import DeviceSpec
@@ -21,14 +22,16 @@ from targets.worker import Worker, WorkerError
 
 COMPILE_TIMEOUT_S = 600.0
 _DETECT_TIMEOUT_S = 180.0
+_PROBE_FORMAT = 1
+"""Counts up when the probe's kernels or the way they are timed change."""
 
 
 class LocalTarget:
     """This machine's processor.
 
     Args:
-        spec: the device file; zeros and blanks are detected and measured, once, and kept in `cache_dir`.
-        cache_dir: where what was found out about the machine is kept; None: a folder that goes away.
+        spec: the device file; zeros and blanks are detected and measured at the first use.
+        cache_dir: where compiled kernels and the best rates seen are kept; None: a folder that goes away.
     """
 
     def __init__(self, spec: DeviceSpec, cache_dir: Path | None = None) -> None:
@@ -44,6 +47,7 @@ class LocalTarget:
         # TVM imports PyTorch wherever it is installed, and its threads with it.
         self._runner = Worker({**quiet, "TVM_NUM_THREADS": str(cores), "TVM_USE_RUNTIME_LIB": "1"}, without=("torch",))
         self._cores = cores
+        self._reference_best_s = 0.0
 
     @property
     def spec(self) -> DeviceSpec:
@@ -86,7 +90,7 @@ class LocalTarget:
             TargetError: if an output differs, the program crashes or time is up.
         """
         spec = self.spec
-        best_s = 2.0 * PRODUCT_SIZE**3 / spec.flops_per_s
+        best_s = self._reference_best_s or 2.0 * PRODUCT_SIZE**3 / spec.flops_per_s
         with tempfile.TemporaryDirectory(prefix="sample-", dir=artifact.parent) as folder:
             path = Path(folder) / "sample.safetensors"
             sample.write(path)
@@ -102,13 +106,14 @@ class LocalTarget:
                 timing=timing,
             )
             record = self._ask(self._runner, "measuring", timing.timeout_s, "targets.tvm_run:run_job", job)
-        manifest = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))
+        self._reference_best_s = min(best_s, *record["reference_s"])
+        manifest = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
         return Measurement(
             device=spec.name,
             times_s={name: tuple(times) for name, times in record["times_s"].items()},
             reference_s=tuple(record["reference_s"]),
             reference_best_s=best_s,
-            peak_bytes=record["peak_bytes"],
+            measured_peak_bytes=record["measured_peak_bytes"],
             workspace_bytes=manifest["workspace_bytes"],
             packed_bytes=record["packed_bytes"],
             errors=record["errors"],
@@ -125,11 +130,8 @@ class LocalTarget:
     # --- finding out about the machine ------------------------------------------------------
 
     def _complete(self) -> DeviceSpec:
-        detected = self._kept(
-            "detected.json",
-            ("triple", "cpu", "vector_bytes"),
-            lambda: self._ask(self._compiler, "detecting the processor", _DETECT_TIMEOUT_S, "targets.tvm_probe:detect"),
-        )
+        # Asked anew in every session: a cache folder may have come from another machine.
+        detected = self._ask(self._compiler, "detecting the processor", _DETECT_TIMEOUT_S, "targets.tvm_probe:detect")
         declared = self._declared
         spec = dataclasses.replace(
             declared,
@@ -141,12 +143,31 @@ class LocalTarget:
         )
         if spec.flops_per_s and spec.read_bytes_per_s:
             return spec
-        measured = self._kept(f"ceilings-{spec.cpu}-{spec.cores}.json", ("flops_per_s", "read_bytes_per_s"), lambda: self._ceilings(spec))
+        best = self._best(spec, self._ceilings(spec))
         return dataclasses.replace(
             spec,
-            flops_per_s=spec.flops_per_s or measured["flops_per_s"],
-            read_bytes_per_s=spec.read_bytes_per_s or measured["read_bytes_per_s"],
+            flops_per_s=spec.flops_per_s or best["flops_per_s"],
+            read_bytes_per_s=spec.read_bytes_per_s or best["read_bytes_per_s"],
         )
+
+    def _best(self, spec: DeviceSpec, seen: Mapping[str, float]) -> dict[str, float]:
+        """The best rates of this processor in any session, kept in the cache: one taken while busy is no ceiling."""
+        path = self._file("ceilings", spec, "json")
+        try:
+            kept = {name: float(value) for name, value in json.loads(path.read_text(encoding="utf-8")).items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            kept = {}
+        best = {name: max(value, kept.get(name, 0.0)) for name, value in seen.items()}
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            json.dump(best, file)
+        Path(file.name).replace(path)
+        return best
+
+    def _file(self, what: str, spec: DeviceSpec, suffix: str) -> Path:
+        """A file of the cache that holds for this processor, compiler and way of measuring."""
+        assert self._cache is not None
+        version = importlib.metadata.version("apache-tvm")
+        return self._cache / f"{what}-{_PROBE_FORMAT}-tvm{version}-{spec.cpu}-{spec.cores}x{spec.vector_bytes}.{suffix}"
 
     def _ceilings(self, spec: DeviceSpec) -> dict[str, float]:
         self._spec = spec  # the probe is compiled for what is known so far
@@ -158,8 +179,7 @@ class LocalTarget:
         return result
 
     def _probe(self, spec: DeviceSpec) -> Path:
-        assert self._cache is not None
-        path = self._cache / f"probe-{spec.cpu}-{spec.cores}-{spec.vector_bytes}.so"
+        path = self._file("probe", spec, "so")
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=self._cache) as folder:
                 made = self._ask(
@@ -179,22 +199,6 @@ class LocalTarget:
         # fast-math lets LLVM vectorise reductions; what it changes is within the tolerance of the check.
         target: dict[str, Any] = {"kind": "llvm", "mtriple": spec.triple, "mcpu": spec.cpu, "num-cores": spec.cores, "fast-math": True}
         return target | ({"mattr": list(spec.features)} if spec.features else {})
-
-    def _kept(self, name: str, keys: tuple[str, ...], find: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
-        """The JSON kept under a name in the cache, found out first if it is not there (or not readable, or lacks a key)."""
-        assert self._cache is not None
-        path = self._cache / name
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(kept, dict) and set(keys) <= set(kept):
-                return kept
-        except (OSError, ValueError):
-            pass
-        found = find()
-        with tempfile.NamedTemporaryFile("w", dir=self._cache, delete=False, encoding="utf-8") as file:
-            json.dump(found, file)
-        Path(file.name).replace(path)
-        return found
 
     @staticmethod
     def _ask(worker: Worker, what: str, timeout_s: float, function: str, *args: Any) -> Any:

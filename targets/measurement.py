@@ -41,7 +41,8 @@ class Measurement:
         times_s: raw seconds per call of each function, in the order taken; warm-up is not among them.
         reference_s: raw seconds of a fixed kernel timed beside, to notice a machine that slowed down.
         reference_best_s: that kernel's best time on this device, when its ceilings were measured; 0 if unknown.
-        peak_bytes: measured peak memory of the process above its state before loading; None if the device cannot tell.
+        measured_peak_bytes: memory that the device held for weights, state and workspace after running every function;
+            None if it cannot tell.
         workspace_bytes: counted intermediate memory of each function, beside weights and state.
         packed_bytes: counted bytes of the weights in the device's layout.
         errors: largest error of each checked function, relative to the largest expected magnitude.
@@ -52,7 +53,7 @@ class Measurement:
     times_s: Mapping[str, tuple[float, ...]]
     reference_s: tuple[float, ...] = ()
     reference_best_s: float = 0.0
-    peak_bytes: int | None = None
+    measured_peak_bytes: int | None = None
     workspace_bytes: Mapping[str, int]
     packed_bytes: int
     errors: Mapping[str, float]

@@ -1,33 +1,25 @@
-"""Peak memory of a process between two moments, from Linux's own counters."""
+"""How much memory this process holds, from Linux's own counters."""
 
+import ctypes
+import gc
 from pathlib import Path
-from types import TracebackType
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-class PeakMemory:
-    """Context whose `peak_bytes` is the most resident memory inside it, above that at entry; None where unknown."""
-
-    def __init__(self) -> None:
-        self.peak_bytes: int | None = None
-        self._before: int | None = None
-
-    def __enter__(self) -> "PeakMemory":
-        try:
-            _CLEAR.write_text("5")  # resets the high-water mark (proc(5))
-            self._before = _status_bytes("VmRSS")
-        except OSError:
-            self._before = None
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        if self._before is not None:
-            self.peak_bytes = max(0, _status_bytes("VmHWM") - self._before)
+_STATUS = Path("/proc/self/status")
 
 
-def _status_bytes(field: str) -> int:
-    for line in _STATUS.read_text(encoding="ascii", errors="replace").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"{field} is not in {_STATUS}")
+def held_bytes() -> int | None:
+    """Resident memory that is the process's own (no file pages), once what it freed is given back; None where unknown.
+
+    TVM's runtime keeps the workspace it has allocated, so after a call this holds the call's peak, while a
+    high-water mark would also hold everything that loading and comparing needed for a moment.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # another C library than glibc
+        return None
+    try:
+        lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), None)

@@ -47,7 +47,7 @@ class NullTarget:
             device=self._spec.name,
             times_s=times,
             reference_s=(1e-3,) * timing.repeats,
-            peak_bytes=None,
+            measured_peak_bytes=None,
             workspace_bytes={name: work["workspace_bytes"] for name, work in counted["functions"].items()},
             packed_bytes=counted["weight_bytes"],
             errors={step.function: 0.0 for step in sample.steps},

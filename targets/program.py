@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+ROWS = ".rows"
+"""Suffix of the output whose rows are appended to the state of that name."""
+
 Shape = tuple[int | str, ...]
 """Sizes of a tensor; a string names a size that varies between calls."""
 

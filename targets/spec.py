@@ -1,4 +1,4 @@
-"""`DeviceSpec`: what a device is, as data: one TOML file in `targets/devices/`, or one of the user's."""
+"""`DeviceSpec`: what a device is, as data: one TOML file in `targets/devices/`."""
 
 import dataclasses
 import math

@@ -16,6 +16,7 @@ from tvm import relax, tirx
 from tvm.relax import transform
 
 from targets.cpu import Cpu
+from targets.job import LIBRARY, MANIFEST
 from targets.kernels import KernelCache
 from targets.layout import Layout
 from targets.link import link_shared
@@ -23,9 +24,6 @@ from targets.program import Function, Program, Stage, TensorSpec
 from targets.schedules.legalize import legalization
 from targets.schedules.rules import schedule_module
 from targets.tvm_import import import_stage
-
-MANIFEST = "manifest.json"
-LIBRARY = "program.so"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +56,7 @@ def compile_program(program: Program, llvm: Mapping[str, Any], cpu: Cpu, cache_d
         objects = [cache.object_file(kernel) for kernel in kernels]
         executable = tvm.compile(module, target, relax_pipeline=_bytecode())
     link_shared(executable, out_dir / LIBRARY, objects)
+    cache.trim()
     manifest = {
         "functions": {name: _function_manifest(f, program) for name, f in program.functions.items()},
         "weights": [[name, layout.to_json()] for name, layout in weights],

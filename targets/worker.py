@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 _LENGTH_BYTES = 8
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class WorkerError(RuntimeError):
@@ -56,7 +57,8 @@ class Worker:
             self.close()
             raise WorkerError(f"no answer within {timeout_s:.0f} s; the process was ended") from None
         except (EOFError, OSError):
-            child.wait(timeout=10)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=10)
             reason = _exit_reason(child.returncode, self._tail())
             self.close()
             raise WorkerError(reason) from None
@@ -88,8 +90,9 @@ class Worker:
         if self._child is None or self._child.poll() is not None:
             self.close()
             self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
+            # -P: nothing that lies in the folder a user happens to be in is imported.
             self._child = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "targets.worker", *self._without],
+                [sys.executable, "-P", "-W", "ignore", "-m", "targets.worker", *self._without],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=self._environment, start_new_session=True,
             )  # fmt: skip
         return self._child
@@ -116,7 +119,9 @@ class Worker:
         return lines[-1] if lines else ""
 
 
-def _exit_reason(code: int, last_line: str) -> str:
+def _exit_reason(code: int | None, last_line: str) -> str:
+    if code is None:
+        return "the process closed its pipe and did not end"
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     return f"the process {how}" + (f": {last_line[:300]}" if last_line else "")
 
@@ -148,7 +153,19 @@ def _serve() -> None:
         replies.flush()
 
 
+def _end_with_parent() -> None:
+    """Asks Linux to end this process when its parent dies, even if it hangs: a compiler must not outlive a killed search."""
+    import ctypes
+
+    parent = os.getppid()
+    with contextlib.suppress(OSError, AttributeError):  # other systems: the closed pipe ends it, unless it hangs
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
 if __name__ == "__main__":
+    _end_with_parent()
     sys.modules.update(dict.fromkeys(sys.argv[1:]))  # type: ignore[arg-type]  # None is how Python marks a module as not there
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _serve()

@@ -66,7 +66,6 @@ def test_an_export_holds_what_others_read(exported: Path, searched: tuple[Run, O
         "config.json",
         "model.safetensors",
         "tokenizer.json",
-        "tokenizer.meta.json",
         "README.md",
     }
     assert json.loads((exported / "config.json").read_text())["model_type"] == "edgewise"

@@ -12,8 +12,9 @@ import pytest
 from nas.charts import AXES, design_figure, front_figures, hover, importance_figure
 from nas.evaluation import Evaluation
 from nas.front import front_of
-from nas.report import Reference, write_report
+from nas.report import Reference, starts_among, write_report
 from search_spaces.config import SLMConfig
+from search_spaces.space import load_space
 
 EVIL = '<img src=x onerror="alert(1)"></script><b>&amp;'
 MANIFEST = {
@@ -162,6 +163,25 @@ def test_every_complete_trial_is_drawn_once_and_no_other() -> None:
         assert len(marks["default choice"]["x"]) == 1
         assert len(marks["on the front"]["x"]) + 1 == len(front_of(evaluations, "decode"))
         assert marks["other candidates"]["error_y"]["array"] == [0.02] * len(marks["other candidates"]["x"])
+
+
+def test_the_plain_models_a_space_begins_with_have_their_own_mark() -> None:
+    space = load_space("tiny")
+    evaluations = [e.evolve(params_drawn=space.start(e.trial) or {"d_model": 48}) for e in run(40)]
+    evaluations[1] = evaluations[1].evolve(params_drawn=evaluations[0].params_drawn)  # a start, but not of this trial
+    starts = starts_among(evaluations, space)
+    assert [s.evaluation.trial for s in starts] == [0, 2]  # trial 3 failed
+    assert starts[0].name.startswith("plain, ")
+    complete = sum(e.state == "complete" for e in evaluations)
+    for figure in front_figures(evaluations, "decode", starts).values():
+        marks = {t["name"]: t for t in figure["data"] if t["name"] != "best reachable"}
+        assert "references" not in marks
+        assert marks["plain models (starts)"]["text"] == [s.name for s in starts]
+        filled = {m["hovertext"][i].split("<br>")[0] for n, m in marks.items() if "plain" not in n for i in range(len(m["x"]))}
+        drawn = filled | {f"<b>Trial {s.evaluation.trial}</b>" for s in starts}
+        assert len(drawn) == complete
+        assert len(marks["other candidates"]["x"]) < complete - len(front_of(evaluations, "decode"))
+    assert not starts_among(run(10), space)
 
 
 @pytest.mark.parametrize("axis", [a for a in AXES if a.key in ("chars", "request", "params")], ids=lambda a: a.key)

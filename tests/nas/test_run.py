@@ -142,7 +142,7 @@ def test_setting_aside_never_overwrites(tmp_path: Path) -> None:
     run.trial_path(0).parent.mkdir()
     for text in ("a", "b", "c"):
         run.trial_path(0).write_text(text)
-        run.set_aside(0)
+        run.set_aside(run.trial_path(0))
     assert sorted(p.read_text() for p in run.trial_path(0).parent.iterdir()) == ["a", "b", "c"]
 
 

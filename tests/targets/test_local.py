@@ -82,25 +82,39 @@ def test_ceilings_are_those_of_some_real_machine(found_out: tuple[DeviceSpec, Pa
     assert 1e8 < spec.read_bytes_per_s < 1e13
 
 
-def test_what_was_found_out_is_kept_and_not_found_out_again(found_out: tuple[DeviceSpec, Path], tmp_path: Path) -> None:
+def test_the_best_rates_of_any_session_are_kept(found_out: tuple[DeviceSpec, Path], tmp_path: Path) -> None:
     spec, cache = found_out
     mine = Path(shutil.copytree(cache, tmp_path / "cache"))
     (kept,) = mine.glob("ceilings-*.json")
     assert json.loads(kept.read_text()) == {"flops_per_s": spec.flops_per_s, "read_bytes_per_s": spec.read_bytes_per_s}
-    kept.write_text('{"flops_per_s": 123.0, "read_bytes_per_s": 456.0}')
+    kept.write_text('{"flops_per_s": 123.0, "read_bytes_per_s": 1e15}')
     target = LocalTarget(load_spec("local"), mine)
-    assert (target.spec.flops_per_s, target.spec.read_bytes_per_s) == (123.0, 456.0)
+    assert target.spec.flops_per_s > 1e8  # taken while the machine was busy, say: a better one replaces it
+    assert target.spec.read_bytes_per_s == 1e15
+    assert json.loads(kept.read_text())["flops_per_s"] == target.spec.flops_per_s
     target.close()
 
 
-@pytest.mark.parametrize("damage", ["{", "{}"], ids=["cut", "nothing"])
-def test_a_damaged_record_is_found_out_again(damage: str, found_out: tuple[DeviceSpec, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["{", "[]", '{"flops_per_s": "fast"}'], ids=["cut", "list", "word"])
+def test_a_damaged_record_is_made_again(damage: str, found_out: tuple[DeviceSpec, Path], tmp_path: Path) -> None:
     _, cache = found_out
     mine = Path(shutil.copytree(cache, tmp_path / "cache"))
-    (mine / "detected.json").write_text(damage)
-    target = LocalTarget(dataclasses.replace(load_spec("local"), flops_per_s=1.0, read_bytes_per_s=1.0), mine)
-    assert target.spec.triple == json.loads((cache / "detected.json").read_text())["triple"]
-    assert json.loads((mine / "detected.json").read_text()) == json.loads((cache / "detected.json").read_text())
+    (kept,) = mine.glob("ceilings-*.json")
+    kept.write_text(damage)
+    target = LocalTarget(load_spec("local"), mine)
+    assert target.spec.read_bytes_per_s > 1e8
+    assert set(json.loads(kept.read_text())) == {"flops_per_s", "read_bytes_per_s"}
+    target.close()
+
+
+def test_a_cache_from_another_machine_does_not_say_what_this_one_is(found_out: tuple[DeviceSpec, Path], tmp_path: Path) -> None:
+    spec, cache = found_out
+    mine = Path(shutil.copytree(cache, tmp_path / "cache"))
+    for path in list(mine.glob("ceilings-*")) + list(mine.glob("probe-*")):
+        path.rename(path.with_name(path.name.replace(str(spec.cpu), "another-cpu")))
+    target = LocalTarget(load_spec("local"), mine)
+    assert target.spec.cpu == spec.cpu
+    assert len(list(mine.glob(f"probe-*{spec.cpu}*"))) == 1
     target.close()
 
 
@@ -214,9 +228,9 @@ def test_packed_weights_of_a_model_are_little_larger_than_the_weights(large: Mea
 
 
 def test_peak_memory_is_the_weights_and_little_more(large: Measurement) -> None:
-    if large.peak_bytes is None:
-        pytest.skip("this system does not tell a process its peak memory")
-    assert large.packed_bytes <= large.peak_bytes < 4 * large.packed_bytes + 64 * MIB
+    if large.measured_peak_bytes is None:
+        pytest.skip("this system does not tell a process how much memory it holds")
+    assert large.packed_bytes <= large.measured_peak_bytes < 1.2 * large.packed_bytes + 8 * MIB
 
 
 def test_workspace_is_counted_for_each_function(large: Measurement) -> None:

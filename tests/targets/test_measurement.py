@@ -59,7 +59,7 @@ def test_a_measurement_survives_json(
     times: dict[str, tuple[float, ...]], reference: tuple[float, ...], peak: int | None, attempts: int
 ) -> None:
     m = Measurement(
-        device="null", times_s=times, reference_s=reference, peak_bytes=peak, workspace_bytes={"decode": 7}, packed_bytes=1 << 33,
+        device="null", times_s=times, reference_s=reference, measured_peak_bytes=peak, workspace_bytes={"decode": 7}, packed_bytes=1 << 33,
         errors={"decode": 1.5e-7}, attempts=attempts,
     )  # fmt: skip
     assert Measurement.from_dict(json.loads(json.dumps(m.to_dict()))) == m

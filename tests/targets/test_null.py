@@ -51,7 +51,7 @@ def test_times_follow_from_counted_bytes_and_operations(tmp_path: Path) -> None:
     assert m.times_s["prefill"] == pytest.approx((1e-6 + weight_bytes / 1e9,) * 3)
     assert m.packed_bytes == weight_bytes
     assert m.errors == {"prefill": 0.0, "decode": 0.0}
-    assert m.peak_bytes is None
+    assert m.measured_peak_bytes is None
     assert m.device == "null"
 
 

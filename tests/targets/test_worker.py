@@ -163,3 +163,33 @@ def test_ctrl_c_in_the_terminal_does_not_reach_the_child() -> None:
         env=environment, start_new_session=True, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert done.stdout.splitlines() == ["parent interrupted", "same child"]
+
+
+def test_nothing_in_the_folder_a_user_is_in_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "targets").mkdir()
+    for name in ("targets/__init__.py", "pickle.py"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    worker = Worker({})
+    assert ask(worker, "add", 2, 2) == 4
+    worker.close()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_a_hanging_child_ends_with_a_killed_parent() -> None:
+    script = (
+        "import threading, time; from targets.worker import Worker; w = Worker({})\n"
+        "print(w.call('child_functions:pid', timeout_s=30), flush=True); w.call('time:sleep', 60, timeout_s=60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + SOON_S
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(child)
