@@ -163,9 +163,7 @@ def _marks(axis: Axis, shown: Sequence[Evaluation], name: str, marker: dict[str,
     }
 
 
-def _named_marks(
-    axis: Axis, shown: Sequence[Reference], name: str, marker: dict[str, Any], drawn: Collection[int] = ()
-) -> dict[str, Any]:
+def _named_marks(axis: Axis, shown: Sequence[Reference], name: str, marker: dict[str, Any], drawn: Collection[int] = ()) -> dict[str, Any]:
     """Open marks with their names above; without the error bars of trials `drawn` already, which would lie on each other."""
     marks = _marks(axis, [r.evaluation for r in shown], name, marker)
     marks["hovertext"] = [hover(r.evaluation, r.name) for r in shown]
@@ -232,9 +230,15 @@ def _dimension(name: str, values: Sequence[str | int | float]) -> dict[str, Any]
     if len(distinct) <= 8:
         # Few values are spread evenly, whatever they are: 512 and 1024 would otherwise lie on each other below 65536.
         place = {v: i for i, v in enumerate(distinct)}
-        ticks = {"tickvals": list(range(len(distinct))), "ticktext": [_bare(v) for v in distinct]}
+        ticks = {"tickvals": list(range(len(distinct))), "ticktext": [_short(_bare(v)) for v in distinct]}
         return {"label": _bare(name), "values": [place[v] for v in values], **ticks}
+    if isinstance(distinct[-1], str):
+        return None  # so many texts have no order and no room
     return {"label": _bare(name), "values": list(values)}
+
+
+def _short(text: str, most: int = 14) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _bare(value: str | int | float) -> str:

@@ -77,7 +77,7 @@ def cli() -> None:
 @click.option(
     "--storage",
     metavar="URL",
-    help="A database that SQLAlchemy reaches (sqlite, postgresql, mysql) for the study, instead of study.db in the run folder.",
+    help="A database that SQLAlchemy reaches (sqlite, postgresql, mysql) instead of study.db.",
 )
 @click.option("--run", "run_path", metavar="DIR", type=click.Path(path_type=Path), help="The run folder.  [default: runs/SPACE-TARGET]")
 @click.option("--json", "as_json", is_flag=True, help="Print the front as JSON at the end, and nothing else on stdout.")

@@ -102,9 +102,15 @@ def measure_command(model: str, target: str, prompt_bytes: int, generate_bytes: 
             ("whole request", format_s(values["request_s"])),
             ("characters/s", format_rate(values["bytes_per_s"])),
             ("peak memory", format_bytes(values["peak_bytes"])),
+            ("state", ", ".join(word for word in ("noisy", "slow") if values[word]) or "steady"),
             ("estimate", f"{format_ms(values['estimate']['decode_s_per_token'])} ms a token ({values['estimate']['model']})"),
         ]
     )
+    if values["slow"]:
+        click.echo(
+            f"the device ran {values['slowdown']:.2f} times slower than it can: let it cool, close other programs and measure again",
+            err=True,
+        )
     if values["noisy"]:
         click.echo(f"times of {', '.join(values['noisy'])} spread widely: close other programs and measure again", err=True)
 
@@ -121,7 +127,7 @@ def _measured(named: _Named, device: Any, workload: "Workload") -> dict[str, Any
     from cost_models.roofline import Roofline
     from nas.describe import format_bytes
     from nas.errors import UserError
-    from search_spaces.counting import count, peak_bytes
+    from search_spaces.counting import count, kv_bytes, weight_bytes
     from search_spaces.workload import assumed_bytes_per_token
     from targets.measurement import Timing
 
@@ -139,7 +145,8 @@ def _measured(named: _Named, device: Any, workload: "Workload") -> dict[str, Any
             f"the request needs {tokens.total} tokens and {named.name} has context={config.context}; "
             "give fewer --prompt-bytes or --generate-bytes"
         )
-    needed, memory = peak_bytes(config, prompt_tokens=tokens.prompt, context=tokens.total), device.spec.memory_bytes
+    # As in a search, what is sure: the workspace depends on how the device computes.
+    needed, memory = weight_bytes(config) + kv_bytes(config, tokens.total), device.spec.memory_bytes
     if memory and needed > memory:
         raise UserError(
             f"{named.name} needs {format_bytes(needed)} of memory and target {device.spec.name!r} has {format_bytes(memory)}; "
@@ -159,6 +166,7 @@ def _measured(named: _Named, device: Any, workload: "Workload") -> dict[str, Any
         "target": device.spec.name,
         "config": config.to_dict(),
         "params": counts.params,
+        "context": counts.context,
         "flops_per_token": counts.flops_per_token,
         "weight_bytes": counts.weight_bytes,
         "kv_bytes_per_token": counts.kv_bytes_per_token,
@@ -168,6 +176,8 @@ def _measured(named: _Named, device: Any, workload: "Workload") -> dict[str, Any
         "generated_tokens": tokens.generated,
         **measured.to_dict(),
         "noisy": list(measurement.noisy),
+        "slow": measurement.is_slow,
+        "slowdown": measurement.slowdown,
         "estimate": Roofline().estimate(config, tokens, device.spec).to_dict(),
     }
 
@@ -182,7 +192,9 @@ def count_command(model: str, as_json: bool) -> None:
     """Count a model's parameters, FLOPs and bytes, by component, from the architecture alone.
 
     MODEL is a config.json, a folder with one (such as an export), or a published model's name. FLOPs and bytes read are
-    those of decoding one token with a full context; all values are float32.
+    those of decoding one token with a full context (`context` in the JSON: the tokens before it). The peak (`peak_bytes`)
+    is that of decoding with a full context: weights, the whole cache and the workspace of one token, without a prompt's.
+    All values are float32.
 
     \b
     Examples:

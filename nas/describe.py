@@ -81,7 +81,7 @@ def design_facts(config: SLMConfig) -> dict[str, str | int | float]:
         "kv heads": kv,
         "head width": config.head_dim,
         "FFN": config.ffn,
-        "FFN ratio": round(_mean(config.ffn_dim, config.num_layers) / config.d_model, 1),
+        "FFN ratio": round(_mean(config.ffn_dim, config.num_layers) / config.d_model, 2),
         "activation": _ACTIVATIONS[config.activation],
         "norm": _NORMS[config.norm],
         "QK-norm": "yes" if config.qk_norm else "no",
@@ -101,7 +101,7 @@ def design_facts(config: SLMConfig) -> dict[str, str | int | float]:
         "latent rank": config.kv_rank,
         "query rank": config.q_rank,
         "value width": config.v_head_dim or config.head_dim,
-        "biases": "+".join(part for part, has in _biases(config).items() if has) or "none",
+        **{f"{part} bias": "yes" if has else "no" for part, has in _biases(config).items()},
         "norm bias": "yes" if config.norm_bias else "no",
         "norm epsilon": config.norm_eps,
         "embedding scale": _embedding_scale(config),
@@ -110,7 +110,7 @@ def design_facts(config: SLMConfig) -> dict[str, str | int | float]:
 
 
 def _biases(config: SLMConfig) -> dict[str, bool]:
-    return {"QKV": config.qkv_bias, "attention output": config.attention_bias, "FFN": config.ffn_bias, "head": config.head_bias}
+    return {"QKV": config.qkv_bias, "attention": config.attention_bias, "FFN": config.ffn_bias, "head": config.head_bias}
 
 
 def _embedding_scale(config: SLMConfig) -> str:

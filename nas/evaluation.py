@@ -77,7 +77,7 @@ class Evaluation:
     val_bpb_stderr: float | None = None
 
     stage_s: Mapping[str, float] = field(default_factory=dict)
-    """Seconds spent by stage: count, compile, measure, train."""
+    """Seconds spent by stage: count, tokenizer, compile, measure, train."""
 
     def __post_init__(self) -> None:
         if self.state not in get_args(State):

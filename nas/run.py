@@ -6,7 +6,7 @@ lock                       held by the process that searches
 study.db                   Optuna storage (unless --storage)
 tokenizers/2048.json       one per vocabulary size asked for
 trials/00003.json          an `Evaluation`, growing step by step; 00003.json.damaged: set aside, done again
-weights/00003.safetensors  trained weights and their score; in the end for trials on the front only
+weights/00003.safetensors  trained weights and their score; in the end for trials on the front only; .damaged: as above
 front.json                 the front so far
 log.jsonl                  when each step began and was done, and its seconds: the only file with wall-clock times
 report.html

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from nas.describe import describe_config, format_bpb, format_bytes, format_count, format_ms, format_rate, format_s
 from nas.evaluation import Evaluation, Speed
+from nas.findings import is_noisy, is_slow
 from nas.front import choose, front_of
 
 _ROWS = 10
@@ -41,11 +42,12 @@ def parseable_line(evaluation: Evaluation) -> str:
             continue
         plain = not isinstance(value, str) or value.replace("_", "a").isalnum()
         words.append(f"{name}={value if plain else json.dumps(value)}")
+    words += [f"{word}=true" for word, holds in (("noisy", is_noisy), ("slow", is_slow)) if holds(evaluation.measurement)]
     return " ".join(words)
 
 
 def front_table(evaluations: Sequence[Evaluation], speed: Speed = "decode", *, most: int | None = None, width: int | None = None) -> Table:
-    """The front as a rich table, fastest first, the default choice marked with ★.
+    """The front as a rich table, fastest first, the default choice marked with ★, times that were noisy or slow with ~.
 
     Args:
         evaluations: any trials; only complete ones can be on the front.
@@ -72,17 +74,24 @@ def front_table(evaluations: Sequence[Evaluation], speed: Speed = "decode", *, m
         # One that may not wrap is so on the text: a column that may not would take the room of the figures.
         words = Text(row[-1]) if most is None else Text(row[-1], no_wrap=True, overflow="ellipsis")
         table.add_row(*(Text(cell) for cell in row[:-1]), words, style="bold" if e is best else None)
-    if len(shown) < len(front):
-        table.caption = Text(f"{len(front) - len(shown)} more on the front")
+    notes = [f"{len(front) - len(shown)} more on the front"] if len(shown) < len(front) else []
+    if any(_is_doubtful(e) for e in shown):
+        notes.append("~ times spread widely, or the device ran slow")
     if not front:
-        table.caption = Text("no model on the front yet")
+        notes = ["no model on the front yet"]
+    table.caption = Text("\n".join(notes)) if notes else None
     return table
 
 
+def _is_doubtful(e: Evaluation) -> bool:
+    return is_noisy(e.measurement) or is_slow(e.measurement)
+
+
 def _cells(e: Evaluation, is_best: bool) -> list[str]:
+    mark = "~" if _is_doubtful(e) else ""
     return [
         *(str(e.trial), "★" if is_best else ""),
-        *(format_bpb(e.val_bpb, e.val_bpb_stderr), format_ms(e.decode_s_per_token), format_s(e.request_s)),
+        *(format_bpb(e.val_bpb, e.val_bpb_stderr), format_ms(e.decode_s_per_token) + mark, format_s(e.request_s) + mark),
         *(format_rate(1 / e.s_per_byte if e.s_per_byte else None), format_count(e.params), format_bytes(e.peak_bytes)),
         describe_config(e.config) if e.config is not None else "–",
     ]

@@ -30,6 +30,11 @@ MODEL_TYPE = "edgewise"
 """The `model_type` that marks a config.json as ours."""
 
 
+_MOST_LAYERS = 10_000
+_MOST = 2**24
+"""No size is above this: far more than any model has, and little enough to be counted in no time."""
+
+
 class InvalidConfig(ValueError):
     """An architecture that cannot be built; the message says which field, its value, the rule and what to do."""
 
@@ -131,6 +136,10 @@ class SLMConfig:
             value = getattr(self, field.name)
             coerced = _coerce(field.name, value, _HINTS_CACHE.get(field.name) or _hint(field.name))
             self._set(field.name, coerced)
+            for size in coerced if isinstance(coerced, tuple) else (coerced,):
+                most = _MOST_LAYERS if field.name == "num_layers" else _MOST
+                too_large = isinstance(size, int) and size > most
+                _require(not too_large, f"{field.name}={_short(size)} is above {most:,}, the most there can be; give a smaller one")
         for name in ("vocab_size", "d_model", "num_layers", "context", "series_activation", "shortcut_reduction"):
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value} is below 1; give a positive integer")
@@ -175,8 +184,9 @@ class SLMConfig:
         _require(self.head_dim >= 1, f"head_dim={self.head_dim} is below 1; give a positive integer")
         heads, kv_heads = self._tuple("num_heads"), self._tuple("num_kv_heads")
         for i, (h, k) in enumerate(zip(heads, kv_heads, strict=True)):
-            divisors = ", ".join(str(n) for n in range(1, h + 1) if h % n == 0)
-            _require(h % k == 0, f"num_heads={h} is not a multiple of num_kv_heads={k} (layer {i}); choose one of {divisors}")
+            if h % k != 0:
+                divisors = ", ".join(str(n) for n in range(1, h + 1) if h % n == 0)
+                raise InvalidConfig(f"num_heads={h} is not a multiple of num_kv_heads={k} (layer {i}); choose one of {divisors}")
         kind = self.attention
         if kind in ("mha", "mla"):
             _require(
@@ -316,6 +326,11 @@ class SLMConfig:
         """
         known = {f.name: f for f in dataclasses.fields(cls)}
         values = {k: v for k, v in values.items() if not (k == "model_type" and v == MODEL_TYPE)}
+        other = values.get("model_type")
+        _require(
+            other is None,
+            f"this is a config of another format, with model_type={other!r}; give one that edgewise wrote (see `edgewise count --help`)",
+        )
         for key in values:
             _require(key in known, f"{key!r} is not a field of an architecture config{_suggest(key, known)}")
         for name in ("vocab_size", "d_model", "num_layers"):
@@ -336,6 +351,8 @@ class SLMConfig:
             raise InvalidConfig(f"{path} cannot be read ({error.strerror}); give a config.json or its folder") from error
         except ValueError as error:
             raise InvalidConfig(f"{path} is not JSON ({error}); give an architecture config") from error
+        except RecursionError as error:
+            raise InvalidConfig(f"{path} is nested too deeply; give an architecture config") from error
         _require(isinstance(values, dict), f"{path} holds {type(values).__name__}, not a JSON object; give an architecture config")
         return cls.from_dict(values)
 
@@ -413,12 +430,20 @@ def _coerce(name: str, value: object, hint: Any) -> object:
     if isinstance(value, int) and int in options:
         return value
     if isinstance(value, int | float) and float in options:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise InvalidConfig(f"{name}={_short(value)} is too large for a number; give a smaller one") from error
     if isinstance(value, tuple) and any(get_origin(o) is tuple for o in options):
         ok = len(value) > 0 and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
         _require(ok, f"{name}={list(value)} is not a list of integers; give one integer per layer")
         return value
     raise InvalidConfig(f"{name}={value!r} has the wrong type; give {_describe(options)}")
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:20]}… ({len(text)} digits)"
 
 
 def _describe(options: tuple[Any, ...]) -> str:

@@ -321,12 +321,13 @@ def workspace_bytes(config: SLMConfig, *, tokens: int = 1, context: int = 0, byt
 
     2 S D (the residual stream and its normalised copy) plus the largest of, over the layers,
 
-    - attention: queries, keys, values and output, S (2 H d + 2 K d), and scores with their softmax, 2 H S (C + S);
+    - attention: queries, keys, values and output, S (2 H d + 2 K d), and scores, H (C + S);
       MLA: S (H (d + R) + L + R + H v), the scores, and S H (d + R + v) expanded or 2 H L absorbed (one token),
     - FFN: S F for each branch, and one more for a series' running sum,
     - head: V logits of one position.
 
-    An estimate of an unfused program that plans its memory well; a measurement's peak is the fact.
+    The S x S scores are never there: a prefill holds one row of scores a thread at a time (counted as H of them), a decode
+    step one row a head. An estimate of a program that plans its memory well; a measurement's peak is the fact.
     """
     _check("tokens", tokens, 1, config.context)
     _check("context", context, 0, config.context - tokens)
@@ -343,7 +344,7 @@ def workspace_bytes(config: SLMConfig, *, tokens: int = 1, context: int = 0, byt
 def _attention_activations(c: SLMConfig, s: LayerShape, S: int, C: int) -> int:
     H, K = s.num_heads, s.num_kv_heads
     d, v, R = _dims(c)
-    scores = 2 * H * S * (C + S)
+    scores = H * (C + S)
     if c.attention != "mla":
         return S * 2 * (H + K) * d + scores
     unfolded = 2 * H * c.kv_rank if S == 1 else S * H * (d + R + v)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from search_spaces.config import LayerShape, SLMConfig
 
 Rope = tuple[Tensor, Tensor]
-"""cos and sin, each (S, R/2); empty tuple-like zeros width when positions are learned."""
+"""cos and sin, each (S, R/2); of width 0 when positions are learned."""
 Cache = tuple[Tensor, ...]
 """Rows of one effective layer: (k_BCKd, v_BCKd), or for MLA (latent_BCL, k_rope_BCR)."""
 
@@ -210,10 +210,10 @@ class LatentAttention(nn.Module):
         width, bias = config.d_model, config.qkv_bias
         self.norm = Norm(config, width)
         self.q_down = nn.Linear(width, config.q_rank, bias=bias) if config.q_rank else None
-        self.q_norm = _latent_norm(config, config.q_rank) if config.q_rank else None
+        self.q_norm = HeadNorm(config, config.q_rank) if config.q_rank else None
         self.q = nn.Linear(config.q_rank or width, self.H * (self.d + self.R), bias=bias and not config.q_rank)
         self.kv_down = nn.Linear(width, self.L + self.R, bias=bias)
-        self.kv_norm = _latent_norm(config, self.L)
+        self.kv_norm = HeadNorm(config, self.L)
         self.k_up = nn.Parameter(torch.empty(self.H, self.d, self.L))
         self.v_up = nn.Parameter(torch.empty(self.H, self.v, self.L))
         self.out = nn.Linear(self.H * self.v, width, bias=config.attention_bias)
@@ -256,10 +256,6 @@ class LatentAttention(nn.Module):
         u_BHL = torch.matmul(p_BHC, c_BCL) + p_BH1 * c_B1L
         o_BH1v = torch.matmul(u_BHL.view(B, self.H, 1, self.L), self.v_up.transpose(1, 2))
         return self._finish(o_BH1v.reshape(B, 1, self.H * self.v), x_B1D), (c_B1L, k_rope_B1R)
-
-
-def _latent_norm(config: SLMConfig, width: int) -> "HeadNorm":
-    return HeadNorm(config, width)
 
 
 def _split_softmax(old: Tensor, new: Tensor, scale: float) -> tuple[Tensor, Tensor]:

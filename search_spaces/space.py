@@ -48,6 +48,7 @@ REPAIRS = (
     "rotary dims: rotary_fraction * head_dim, rounded to an even number, at least 2; none with learned positions",
     "ffn_dim: the ratio of the chosen ffn kind * d_model, rounded to a multiple of ffn_multiple",
     "layerwise: a span multiplies attention_width (alpha) or the ffn ratio (beta), first to last layer (unique layers where shared)",
+    "layerwise: with a single layer, or a single unique one, a span counts as its mean",
     "sharing: unique_fraction * num_layers unique layers, at least 1; all layers unique means no sharing",
     "sharing: a cycle_rev has at most half the layers unique (of one layer: no sharing); a sequence only as many as it uses",
     "norm_bias is off with rmsnorm; shortcut_reduction is at most d_model",
@@ -389,9 +390,12 @@ def _layer_sizes(v: Mapping[str, Any], sharing: Sharing, unique: int) -> Layerwi
         full = layerwise_scaling(**given, num_layers=1, alpha=(width, width), kv_group=2).num_heads[0]
         # Below the heads themselves, for that would be mqa, which is asked for by its own name.
         group = max((n for n in range(1, full) if full % n == 0 and n <= v["kv_group"]), default=1)
-    alpha, beta = _times(v["layerwise_alpha"], width), _times(v["layerwise_beta"], ratio)
-    of_each = layerwise_scaling(**given, num_layers=layers, alpha=alpha, beta=beta, kv_group=group)
-    of_unique = layerwise_scaling(**given, num_layers=unique, alpha=alpha, beta=beta, kv_group=group)
+
+    def scaled(n: int) -> LayerwiseSizes:
+        alpha, beta = _times(v["layerwise_alpha"], width, n), _times(v["layerwise_beta"], ratio, n)
+        return layerwise_scaling(**given, num_layers=n, alpha=alpha, beta=beta, kv_group=group)
+
+    of_each, of_unique = scaled(layers), scaled(unique)
 
     def part_of(part: SharedParts) -> tuple[LayerwiseSizes, list[int]]:
         if sharing == "none" or v["shared_parts"] not in ("both", part):
@@ -406,7 +410,9 @@ def _layer_sizes(v: Mapping[str, Any], sharing: Sharing, unique: int) -> Layerwi
     )
 
 
-def _times(span: str, factor: float) -> tuple[float, float]:
-    """The first and last multiple a span names, times a factor; "none" is 1..1."""
+def _times(span: str, factor: float, layers: int) -> tuple[float, float]:
+    """The first and last multiple a span names, times a factor; "none" is 1..1, and of a single layer both are the mean."""
     first, last = (1.0, 1.0) if span == "none" else map(float, span.split(".."))
+    if layers == 1:
+        first = last = (first + last) / 2
     return first * factor, last * factor

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -112,6 +113,7 @@ def test_counts_in_json_use_the_names_of_everywhere(capsys: pytest.CaptureFixtur
     assert values["params"] == 124_439_808
     assert {"config", "params", "flops_per_token", "weight_bytes", "kv_bytes_per_token", "peak_bytes"} <= values.keys()
     assert sum(values["by_component"]["params"].values()) == values["params"]
+    assert values["context"] == 1023
     assert main(["count", "gpt2-124m"]) == 0
     assert "124,439,808" in capsys.readouterr().out
 
@@ -132,8 +134,25 @@ def test_a_reference_is_measured_with_an_assumed_tokenizer(capsys: pytest.Captur
     assert NAMES - {"trial", "val_bpb", "val_bpb_stderr", "state"} <= values.keys()
     assert values["request_s"] == pytest.approx(values["prefill_s"] + values["generated_tokens"] * values["decode_s_per_token"])
     assert len(values["measurement"]["times_s"]["decode"]) >= 5
+    assert (values["noisy"], values["slow"]) == ([], False)
+    assert values["slowdown"] > 0
     assert main(args) == 0
-    assert "(assumed)" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "(assumed)" in shown
+    assert "steady" in shown
+
+
+def test_a_measurement_that_was_slow_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from targets.measurement import Measurement
+
+    monkeypatch.setattr(Measurement, "slowdown", property(lambda self: 2.5))
+    args = ["measure", "smollm-135m", "--target", "null", "--prompt-bytes", "100", "--generate-bytes", "50"]
+    assert main(args) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"^state +slow$", out, re.MULTILINE)
+    assert "ran 2.50 times slower than it can" in err
+    assert main([*args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["slow"] is True
 
 
 def test_a_space_is_shown_as_a_file_that_can_be_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

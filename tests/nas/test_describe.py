@@ -1,4 +1,9 @@
+import contextlib
+import dataclasses
+import random
+
 import pytest
+from strategies import random_config
 
 from nas.describe import (
     attention_words,
@@ -12,7 +17,7 @@ from nas.describe import (
     format_s,
     significant,
 )
-from search_spaces.config import SLMConfig
+from search_spaces.config import InvalidConfig, SLMConfig
 
 
 def config(**changes: object) -> SLMConfig:
@@ -64,6 +69,27 @@ def test_facts_tell_designs_apart() -> None:
     facts = design_facts(config(attention="mqa", num_layers=2, ffn_dim=[64, 192]))
     assert (facts["attention"], facts["kv heads"], facts["FFN ratio"], facts["sharing"]) == ("MQA", 1, 1.0, "none")
     assert facts.keys() == design_facts(config(attention="mla", kv_rank=8, sharing="sequence", num_unique_layers=3)).keys()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_two_models_have_the_same_facts(seed: int) -> None:
+    """Nor do two that differ in a single field."""
+    one, other = random_config(random.Random(seed)), random_config(random.Random(seed + 1000))
+    changed = [other]
+    for field in dataclasses.fields(SLMConfig):
+        with contextlib.suppress(InvalidConfig):
+            changed.append(dataclasses.replace(one, **{field.name: getattr(other, field.name)}))
+    for config in changed:
+        assert config == one or design_facts(config) != design_facts(one)
+
+
+def test_what_is_not_as_usual_is_said() -> None:
+    words = describe_config(
+        config(qkv_bias=True, ffn_bias=True, norm="layernorm", norm_bias=False, embedding_scale=128**0.5, context=512, rope_theta=5e5)
+    )
+    assert words.endswith("tied, bias on QKV and FFN, norms without bias, embeddings × √width, context 512, rotary base 500000")
+    mla = describe_config(config(attention="mla", kv_rank=48, v_head_dim=16, norm_eps=1e-6, head_bias=True))
+    assert mla.endswith("tied, bias on head, epsilon 1e-06, values of 16")
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from search_helpers import SPACE_FILE, run_search, write_speeches
 
+from nas import export as export_module
 from nas.corpus import Corpus, load_corpus
 from nas.errors import InvalidRun
 from nas.evaluation import Evaluation
-from nas.export import export_trial, is_export, load_exported, model_card
+from nas.export import LOADING, export_trial, is_export, load_exported, model_card
 from nas.run import Run
 from nas.search import Outcome
 from nas.training import evaluate
@@ -74,12 +75,44 @@ def test_an_export_holds_what_others_read(exported: Path, searched: tuple[Run, O
     assert tokenizers.Tokenizer.from_file(str(exported / "tokenizer.json")).get_vocab_size() == chosen.config.vocab_size
 
 
+def test_the_four_documented_files_are_enough(exported: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
+        (tmp_path / "copy").mkdir(exist_ok=True)
+        shutil.copy(exported / name, tmp_path / "copy" / name)
+    model, tokenizer = load_exported(tmp_path / "copy")
+    assert tokenizer.bytes_per_token > 1
+    assert model.config.vocab_size == tokenizer.vocab_size
+
+
+def test_weights_that_do_not_name_their_tokenizer_are_refused(exported: Path) -> None:
+    save_file(load_file(exported / "model.safetensors"), exported / "model.safetensors")
+    with pytest.raises(InvalidRun, match="does not say what tokenizer it goes with; export the model again"):
+        load_exported(exported)
+
+
+def test_the_three_lines_of_python_are_the_same_everywhere(exported: Path) -> None:
+    block = f"```python\n{LOADING}```"
+    assert block in (Path(__file__).parents[2] / "docs" / "export.md").read_text()
+    assert block in (exported / "README.md").read_text()
+    assert LOADING in (export_module.__doc__ or "")
+
+
 def test_the_card_says_what_was_measured_and_on_what_text(exported: Path, searched: tuple[Run, Outcome]) -> None:
     run, outcome = searched
     card = (exported / "README.md").read_text()
     assert outcome.chosen is not None
-    for fact in ("a\\_b", f"trial {outcome.chosen.trial}", "licence: unknown", run.manifest["corpus"]["sha256"], "null", "load_exported"):
+    for fact in (
+        "a\\_b",
+        f"trial {outcome.chosen.trial}",
+        "licence: unknown",
+        run.manifest["corpus"]["sha256"],
+        "Counted, not measured (target null), search begun",
+        "load_exported",
+    ):
         assert fact in card
+    assert "On null" not in card
+    device = {**run.manifest["device"], "name": "local"}
+    assert "On local, search begun" in model_card(Run(run.path, {**run.manifest, "target": "local", "device": device}), outcome.chosen, 300)
 
 
 def test_the_card_escapes_names_from_users(searched: tuple[Run, Outcome]) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from nas.charts import AXES, design_figure, front_figures, hover, importance_figure
-from nas.evaluation import Evaluation
+from nas.evaluation import Evaluation, write_whole
 from nas.front import front_of
 from nas.report import Reference, starts_among, write_report
+from nas.run import Run
+from nas.search import rewrite_report
 from search_spaces.config import SLMConfig
 from search_spaces.space import load_space
 
@@ -182,6 +184,16 @@ def test_the_plain_models_a_space_begins_with_have_their_own_mark() -> None:
         assert len(drawn) == complete
         assert len(marks["other candidates"]["x"]) < complete - len(front_of(evaluations, "decode"))
     assert not starts_among(run(10), space)
+
+
+def test_a_report_of_a_folder_marks_its_plain_models(tmp_path: Path) -> None:
+    space = load_space("tiny")
+    manifest = {**MANIFEST, "space": space.to_dict()}
+    folder = Run(tmp_path, manifest)
+    for e in run(8):
+        write_whole(folder.trial_path(e.trial), json.dumps(e.evolve(params_drawn=space.start(e.trial) or {}).to_dict()))
+    rewrite_report(folder)
+    assert "plain models (starts)" in folder.report_path.read_text()
 
 
 @pytest.mark.parametrize("axis", [a for a in AXES if a.key in ("chars", "request", "params")], ids=lambda a: a.key)

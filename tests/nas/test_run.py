@@ -9,7 +9,7 @@ import pytest
 
 from nas.errors import InvalidRun
 from nas.evaluation import Evaluation
-from nas.run import FORMAT, Run, open_run, resume_or_create, versions
+from nas.run import FORMAT, Run, changed_versions, open_run, resume_or_create, versions, without_password
 
 
 def manifest(**changes: Any) -> dict[str, Any]:
@@ -55,6 +55,10 @@ def test_a_folder_left_by_a_process_that_died_at_once_is_used(tmp_path: Path) ->
             {"corpus": {"name": "notes", "sha256": "b" * 64}},
             r"was made with --corpus sotu \(sha256 aaaaaaaaaaaa\), not notes \(sha256 bbbb",
         ),
+        (
+            {"device": {"name": "null", "cpu": "znver4"}},
+            r"was made on another machine \(cpu unset, not znver4\), whose times do not compare",
+        ),
         ({"space": {"name": "phone", "parameters": {}}}, "was made with --space tiny, not phone"),
         ({"space": {"name": "tiny", "parameters": {"d_model": 32}}}, "was made when space 'tiny' had other parameters"),
     ],
@@ -66,6 +70,46 @@ def test_other_settings_are_refused_naming_the_difference(tmp_path: Path, change
     assert "another --run" in str(error.value)
     assert "\n" not in str(error.value)
     assert open_run(tmp_path / "run").manifest == manifest()
+
+
+def test_the_same_text_by_another_path_and_the_same_machine_otherwise_described_go_on(tmp_path: Path) -> None:
+    resume_or_create(tmp_path / "run", manifest())
+    other = manifest(
+        corpus={"name": "copy", "source": "elsewhere/copy.txt", "sha256": "a" * 64}, device={"name": "null", "read_bytes_per_s": 2.0}
+    )
+    assert resume_or_create(tmp_path / "run", other).manifest == manifest()
+
+
+def test_other_versions_are_named(tmp_path: Path) -> None:
+    assert changed_versions(Run(tmp_path, manifest(versions=versions()))) is None
+    changed = changed_versions(Run(tmp_path, manifest(versions=versions() | {"torch": "0.1"})))
+    assert changed is not None
+    assert f"torch 0.1, now {versions()['torch']}" in changed
+    assert "numpy" not in changed
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:s3cret@host/db", "postgresql://me:***@host/db"),
+        ("postgresql:/me:s3cret@host/db", "postgresql:/me:***@host/db"),
+        ("mysql+pymysql://host/db?user=me&password=s3cret&x=1", "mysql+pymysql://host/db?user=me&password=***&x=1"),
+        ("sqlite:////tmp/a@b:c.db", "sqlite:////tmp/a@b:c.db"),
+    ],
+)
+def test_passwords_are_not_shown(url: str, shown: str) -> None:
+    assert without_password(url) == shown
+    assert without_password(shown) == shown
+
+
+def test_another_storage_is_refused_without_a_password_and_another_password_is_not(tmp_path: Path) -> None:
+    def with_storage(url: str) -> dict[str, Any]:
+        return manifest(settings={"storage": url})
+
+    resume_or_create(tmp_path / "run", with_storage("postgresql://me:old@a/db"))
+    resume_or_create(tmp_path / "run", with_storage("postgresql://me:new@a/db"))
+    with pytest.raises(InvalidRun, match=r"--storage postgresql://me:\*\*\*@a/db, not postgresql://me:\*\*\*@b/db"):
+        resume_or_create(tmp_path / "run", with_storage("postgresql://me:new@b/db"))
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:

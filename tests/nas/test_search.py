@@ -1,9 +1,11 @@
 """The search loop on the null target, with real training on little text."""
 
 import dataclasses
+import errno
 import json
 import math
 import random
+import sqlite3
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from search_helpers import SPACE_FILE, Listener, contents, repeated_steps, run_s
 
 from nas.candidates import Settings
 from nas.corpus import Corpus, load_corpus
-from nas.errors import UserError
+from nas.errors import InvalidRun, UserError
 from nas.evaluation import Evaluation
+from nas.export import export_trial, load_exported
 from nas.front import front_of
 from nas.proposals import SAMPLERS, UNTRAINED_BPB, VIOLATION, make_sampler, open_study, propose, tell
 from nas.search import IDLE_TRIALS
@@ -217,6 +220,20 @@ def test_limits_by_counting_cost_nothing_at_all(tmp_path: Path, corpus: Corpus) 
     assert run.report_path.exists()
 
 
+def test_a_vocabulary_that_turns_out_smaller_than_asked_for_is_not_held_to_the_asked_size(tmp_path: Path, corpus: Corpus) -> None:
+    values = load_space(SPACE_FILE).to_dict()
+    values["parameters"]["vocab_size"] = 60_000
+    space = Space.from_dict(values)
+    _, free = run_search(tmp_path / "free", corpus, trials=1, space=space)
+    most = free.evaluations[0].params
+    assert most is not None
+    _, outcome = run_search(tmp_path / "exact", corpus, trials=1, space=space, given=settings(max_params=most))
+    assert outcome.evaluations[0].state == "complete"
+    run, outcome = run_search(tmp_path / "below", corpus, trials=1, space=space, given=settings(max_params=most - 1))
+    assert outcome.evaluations[0].state == "infeasible"
+    assert {entry["step"] for entry in run.log_entries()} == {"count", "tokenizer"}
+
+
 def test_memory_that_the_weights_alone_exceed_is_ruled_out_by_counting(tmp_path: Path, corpus: Corpus) -> None:
     run, outcome = run_search(tmp_path / "run", corpus, trials=3, given=settings(max_memory_bytes=10_000))
     assert all("--max-memory" in (e.reason or "") for e in outcome.evaluations)
@@ -383,6 +400,59 @@ def test_a_damaged_tokenizer_is_trained_again(tmp_path: Path, corpus: Corpus, un
         path.write_text("{")
     run_search(tmp_path / "run", corpus)
     assert contents(run.path) == uninterrupted
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "stranger"])
+def test_lost_weights_and_tokenizers_of_the_front_are_made_anew(
+    tmp_path: Path, corpus: Corpus, uninterrupted: dict[str, bytes], damage: str
+) -> None:
+    run, outcome = run_search(tmp_path / "run", corpus)
+    path = run.weights_path(outcome.front[0].trial)
+    whole = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+        for tokenizer in (run.path / "tokenizers").iterdir():
+            tokenizer.unlink()
+    else:
+        path.write_bytes(whole[:-10] if damage == "cut" else run.weights_path(outcome.front[-1].trial).read_bytes())
+    with pytest.raises(InvalidRun, match=r"run the same search command again, it makes it anew"):
+        export_trial(run, outcome.front[0].trial, tmp_path / "model")
+    view = Listener()
+    run_search(tmp_path / "run", corpus, view=view)
+    assert len(view.notes) == 1
+    assert "is trained again" in view.notes[0]
+    aside = path.with_name(path.name + ".damaged")
+    assert aside.exists() == (damage != "missing")
+    aside.unlink(missing_ok=True)
+    assert contents(run.path) == uninterrupted
+    load_exported(export_trial(run, outcome.front[0].trial, tmp_path / "model"))
+
+
+def test_settings_are_kept_without_a_password() -> None:
+    assert settings(storage="postgresql://me:pw@host/db").to_dict()["storage"] == "postgresql://me:***@host/db"
+
+
+def test_other_versions_are_noted(tmp_path: Path, corpus: Corpus) -> None:
+    run, _ = run_search(tmp_path / "run", corpus, trials=1)
+    versions = {**run.manifest["versions"], "optuna": "0.1"}
+    (run.path / "manifest.json").write_text(json.dumps({**run.manifest, "versions": versions}))
+    view = Listener()
+    run_search(tmp_path / "run", corpus, trials=1, view=view)
+    assert len(view.notes) == 1
+    assert "optuna 0.1, now" in view.notes[0]
+
+
+@pytest.mark.parametrize("text", ["database or disk is full", "disk I/O error"])
+def test_no_room_for_the_study_is_not_the_urls_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    def full(url: str, name: str) -> Any:
+        raise RuntimeError("storage") from sqlite3.OperationalError(text)
+
+    monkeypatch.setattr("nas.proposals._load", full)
+    with pytest.raises(OSError, match="No space left on device") as caught, open_study(None, tmp_path, "toy"):
+        pass
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(InvalidRun, match=r"me:\*\*\*@host.* cannot be opened"), open_study("postgresql://me:pw@host/db", tmp_path, "toy"):
+        pass
 
 
 # --- samplers ---------------------------------------------------------------------------------

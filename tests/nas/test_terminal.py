@@ -188,3 +188,17 @@ def test_fewer_rows_keep_both_ends_and_the_choice() -> None:
     assert len(rows) == 4
     assert any("★" in row for row in rows)
     assert "26 more on the front" in text
+
+
+def test_times_that_are_noisy_or_slow_are_marked() -> None:
+    noisy = trial(0, 3.0, measurement={"times_s": {"decode": [1.0, 1.0, 2.0, 3.0]}})
+    slow = trial(1, 2.0, 0.1, measurement={"times_s": {"decode": [1.0]}, "reference_s": [9.0], "reference_best_s": 1.0})
+    steady = trial(2, 1.0, 0.2, measurement={"times_s": {"decode": [1.0]}})
+    assert [parseable_line(e).split()[-1] for e in (noisy, slow)] == ["noisy=true", "slow=true"]
+    assert "noisy" not in parseable_line(steady)
+    text = shown(front_table([noisy, slow, steady]))
+    assert "1.00~" in text
+    assert "100~" in text
+    assert "200 " in text
+    assert "~ times spread widely, or the device ran slow" in text
+    assert "~" not in shown(front_table([steady]))

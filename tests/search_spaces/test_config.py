@@ -1,8 +1,10 @@
 import dataclasses
 import json
 import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -69,7 +71,7 @@ def test_keys_differ_when_any_field_does():
         ("{", "is not JSON"),
         ('{"d_model": 8, "num_layers": 1}', "vocab_size is missing"),
         ('{"vocab_size": 10, "d_model": 8, "num_layers": 1, "num_head": 2}', "'num_head' is not a field .*did you mean 'num_heads'"),
-        ('{"vocab_size": 10, "d_model": 8, "num_layers": 1, "model_type": "llama"}', "'model_type' is not a field"),
+        ('{"vocab_size": 10, "d_model": 8, "num_layers": 1, "model_type": "llama"}', "config of another format, with model_type='llama'"),
     ],
 )
 def test_files_that_are_no_config_are_refused(tmp_path, text, message):
@@ -264,3 +266,23 @@ def test_random_configs_span_every_choice():
     assert any(c.embedding_scale != 1.0 for c in drawn)
     assert min(c.num_layers for c in drawn) == 1
     assert max(c.num_layers for c in drawn) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"vocab_size": 100, "d_model": 32, "num_layers": 20000000}', "num_layers=20000000 is above 10,000, the most there can be"),
+        ('{"vocab_size": 100, "d_model": 32, "num_layers": 2, "num_heads": 9000000000}', "num_heads=9000000000 is above 16,777,216"),
+        ('{"vocab_size": 100, "d_model": 32, "num_layers": 2, "ffn_dim": [8, 1' + "0" * 99 + "]}", "(100 digits) is above 16,777,216"),
+        ('{"vocab_size": 100, "d_model": 32, "num_layers": 2, "rope_theta": 1' + "0" * 399 + "}", "(400 digits) is too large for a number"),
+        ("[" * 200_000, "is nested too deeply"),
+        ('{"model_type": "llama", "hidden_size": 64}', "a config of another format, with model_type='llama'"),
+    ],
+)
+def test_files_that_would_hang_or_are_of_others_are_refused_in_a_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(InvalidConfig, match=re.escape(message)) as caught:
+        SLMConfig.load(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300

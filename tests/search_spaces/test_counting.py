@@ -138,8 +138,8 @@ def test_counts_put_it_together():
     assert counts.params == counting.params(TINY)
     assert counts.flops_per_token == decode_flops(TINY, 10)
     assert counts.bytes_read_per_token == sum(counting.bytes_read_by_component(TINY, context=10).values())
-    # Decoding at C = 15: 2 D and the larger of attention (2 x 8 x 8 and 2 x 4 x 16 scores), FFN (2 x 64) and 100 logits.
-    assert counts.workspace_bytes == 4 * (2 * 32 + 2 * 8 * 8 + 2 * 4 * 16)
+    # Decoding at C = 15: 2 D and the larger of attention (2 x 8 x 8 and 4 x 16 scores), FFN (2 x 64) and 100 logits.
+    assert counts.workspace_bytes == 4 * (2 * 32 + 2 * 8 * 8 + 4 * 16)
     assert counts.peak_bytes == counts.weight_bytes + counts.kv_bytes + counts.workspace_bytes
     assert counts.kv_bytes == 16 * counts.kv_bytes_per_token
     assert count(TINY).context == 15
@@ -147,9 +147,15 @@ def test_counts_put_it_together():
 
 def test_peak_grows_with_the_prompt_and_the_context():
     small, large = counting.peak_bytes(TINY, prompt_tokens=1), counting.peak_bytes(TINY, prompt_tokens=16)
-    # 16 tokens at once: 2 S D, queries, keys, values, output, and two sets of scores.
-    assert large - counting.weight_bytes(TINY) - counting.kv_bytes(TINY, 16) == 4 * (2 * 16 * 32 + 16 * 4 * 32 + 2 * 4 * 16 * 16)
+    # 16 tokens at once: 2 S D, queries, keys, values, output, which the gated FFN's 2 x 64 equal, and a row of scores a head.
+    assert large - counting.weight_bytes(TINY) - counting.kv_bytes(TINY, 16) == 4 * (2 * 16 * 32 + 16 * 4 * 32 + 4 * 16)
     assert counting.peak_bytes(TINY, context=8) < small < large
+
+
+def test_the_workspace_grows_with_the_prompt_and_not_with_its_square():
+    long = SLMConfig.from_dict({**TINY.to_dict(), "context": 40_000})
+    once, twice = (counting.workspace_bytes(long, tokens=n) for n in (10_000, 20_000))
+    assert twice == 2 * once
 
 
 @pytest.mark.parametrize(

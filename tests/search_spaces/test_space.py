@@ -461,3 +461,34 @@ def test_loading_a_space_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_single_unique_layer_takes_the_mean_of_its_span() -> None:
+    one = built(num_layers=1, layerwise_alpha="0.5..1.0", layerwise_beta="0.5..1.5", sharing="none")
+    shared = built(sharing="sequence", unique_fraction=0.1, num_layers=4, layerwise_beta="0.5..1.5", shared_parts="both")
+    plain = built(sharing="sequence", unique_fraction=0.1, num_layers=4, layerwise_beta="none", shared_parts="both")
+    assert shared.num_unique_layers == 1
+    assert shared.ffn_dim == plain.ffn_dim
+    assert one.num_heads == built(num_layers=1, attention_width=0.75, sharing="none").num_heads
+
+
+@pytest.mark.parametrize("name", space_names())
+def test_ffn_widths_stay_near_the_ratio_asked(name: str) -> None:
+    """Each width is the ratio within its span, whatever is shared."""
+    space = load_space(name)
+    rng = random.Random(0)
+    for _ in range(300):
+        params = space.draw(rng)
+        config = space.config(params)
+        value = {axis.name: params.get(axis.name, axis.plain) for axis in space.axes}
+        span = str(value["layerwise_beta"])
+        first, last = (1.0, 1.0) if span == "none" else map(float, span.split(".."))
+        ratio = float(value["ffn_ratio"] if value["ffn"] == "gated" else value["standard_ffn_ratio"])
+        widths = config.ffn_dim if isinstance(config.ffn_dim, tuple) else (config.ffn_dim,)
+        least, most = min(first, last), max(first, last)
+        if len(widths) == 1 and config.num_unique_layers == 1 and config.shared_parts != "attention":
+            least = most = (first + last) / 2
+        slack = int(value["ffn_multiple"]) + 0.01 * config.d_model
+        for width in widths:
+            assert width is not None
+            assert least * ratio * config.d_model - slack <= width <= most * ratio * config.d_model + slack
