@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cost_models.baseline import BytesBaseline
 from cost_models.estimate import CostModel
 from nas.corpus import Corpus
 from nas.describe import describe_config, format_bytes, format_count, format_ms
@@ -181,8 +182,9 @@ def _prepare(bench: Bench, evaluation: Evaluation, before: Sequence[Evaluation])
         if tokens.total > config.context:
             reason = f"the request needs {tokens.total} tokens and the context holds {config.context}"
             return save(counted.evolve(state="infeasible", reason=reason))
-        estimate = bench.cost_model.estimate(config, tokens, bench.target.spec)
-        return save(counted.evolve(estimate=estimate.to_dict()))
+        estimate = bench.cost_model.estimate(config, tokens, bench.target.spec).to_dict()
+        estimate["baseline"] = BytesBaseline().estimate(config, tokens, bench.target.spec).to_dict()
+        return save(counted.evolve(estimate=estimate))
 
 
 def _ruled_out(bench: Bench, counted: Evaluation, before: Sequence[Evaluation], least: Evaluation | None = None) -> Evaluation | None:

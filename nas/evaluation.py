@@ -123,6 +123,15 @@ class Evaluation:
         value = {"prefill": self.prefill_s, "decode": self.s_per_byte, "request": self.request_s}[speed]
         return value if value is not None and value > 0 else None
 
+    def estimated_seconds(self, speed: Speed, *, baseline: bool = False) -> float | None:
+        """The predicted time that `seconds` measures, by the cost model or by its simplest baseline; None if there is none."""
+        record = self.estimate or {}
+        record = record.get("baseline") or {} if baseline else record
+        value: float | None = record.get("decode_s_per_token" if speed == "decode" else f"{speed}_s")
+        if value is None or speed != "decode":
+            return value
+        return value / self.bytes_per_token if self.bytes_per_token else None
+
     def is_ranked(self, speed: Speed) -> bool:
         """Whether the trial completed with both objectives known."""
         return self.state == "complete" and self.val_bpb is not None and self.seconds(speed) is not None

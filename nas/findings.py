@@ -32,6 +32,7 @@ def findings(evaluations: Sequence[Evaluation], speed: Speed = "decode") -> list
     sentences += _trade(front, speed)
     sentences += _surplus(front, candidates)
     sentences += _by_size(front, candidates, speed)
+    sentences += _by_estimate(candidates, speed)
     sentences += _noise(front, candidates)
     sentences += _noisy_times(candidates)
     return sentences
@@ -174,6 +175,22 @@ def _surplus(front: Sequence[Evaluation], candidates: Sequence[Evaluation]) -> l
         f"The choice most over-represented on the front is {fact} = {value}: {hits} of {len(chosen)} there, "
         f"{marked} of {len(everyone)} among all candidates (by lot as many or more with probability {significant(chance, 2)}, "
         f"the smallest of {_plural(len(rows), 'comparison')}: {verdict})."
+    ]
+
+
+def _by_estimate(candidates: Sequence[Evaluation], speed: Speed) -> list[str]:
+    """How well the cost model orders what was measured, beside its simplest baseline."""
+    rows = [(e.seconds(speed), e.estimated_seconds(speed), e.estimated_seconds(speed, baseline=True)) for e in candidates]
+    known = [(m, p, b) for m, p, b in rows if m is not None and p is not None and b is not None]
+    if len(known) < _ENOUGH:
+        return []
+    measured, predicted, baseline = zip(*known, strict=True)
+    model, simplest = kendall_tau(predicted, measured), kendall_tau(baseline, measured)
+    if model is None or simplest is None:
+        return []
+    return [
+        f"The roofline estimate orders the {len(known)} measured times with Kendall tau {_signed(model)}, its baseline, the bytes of "
+        f"parameters and cache alone, with {_signed(simplest)}; neither decides anything here."
     ]
 
 

@@ -100,7 +100,7 @@ def tell(study: optuna.Study, proposal: Proposal, evaluation: Evaluation, violat
     bpb = evaluation.val_bpb if evaluation.val_bpb is not None else UNTRAINED_BPB
     seconds = evaluation.seconds(speed)
     if seconds is None:
-        seconds = _estimated_seconds(evaluation, speed)
+        seconds = evaluation.estimated_seconds(speed)
     if seconds is None:
         seconds = max((t.values[1] for t in study.get_trials(deepcopy=False)), default=1.0)
     study.add_trial(
@@ -114,16 +114,6 @@ def tell(study: optuna.Study, proposal: Proposal, evaluation: Evaluation, violat
             constraints={VIOLATION: violation},
         )
     )
-
-
-def _estimated_seconds(evaluation: Evaluation, speed: Speed) -> float | None:
-    estimate = evaluation.estimate
-    if estimate is None:
-        return None
-    if speed == "decode":
-        return estimate["decode_s_per_token"] / evaluation.bytes_per_token if evaluation.bytes_per_token else None
-    value: float | None = estimate[f"{speed}_s"]
-    return value
 
 
 @contextmanager

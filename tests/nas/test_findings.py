@@ -155,6 +155,18 @@ def test_order_within_noise_is_counted() -> None:
     assert "1 of 3 candidates have no standard error" in text([*front[:2], front[2].evolve(val_bpb_stderr=None)])
 
 
+@pytest.mark.parametrize("speed", ["prefill", "decode", "request"])
+def test_the_estimate_stands_beside_its_baseline(speed: Speed) -> None:
+    def estimate(seconds: float) -> dict[str, float]:
+        return {"prefill_s": seconds, "decode_s_per_token": 2 * seconds, "request_s": seconds}
+
+    trials = [trial(i, 2.0 + i, 0.01 * (i + 1), estimate={**estimate(i + 1), "baseline": estimate(9 - i)}) for i in range(8)]
+    assert "orders the 8 measured times with Kendall tau +1.00, its baseline" in text(trials, speed)
+    assert "cache alone, with −1.00;" in text(trials, speed)
+    assert "roofline" not in text(trials[:7], speed)
+    assert "roofline" not in text([e.evolve(estimate=None) for e in trials], speed)
+
+
 def test_noisy_measurements_are_counted() -> None:
     assert "1 of 2 measurements is noisy" in text([trial(0, 2.5, 0.01), trial(1, 2.4, 0.02, measurement=NOISY)])
     assert "noisy" not in text([trial(0, 2.5, 0.01)])
