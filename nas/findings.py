@@ -90,6 +90,11 @@ def is_slow(measurement: Mapping[str, Any] | None) -> bool:
     return bool(times_s and best_s) and statistics.median(times_s) > SLOW * best_s
 
 
+def is_doubtful(evaluation: Evaluation) -> bool:
+    """Whether the trial's times are noisy, or were taken while the device ran slow."""
+    return is_noisy(evaluation.measurement) or is_slow(evaluation.measurement)
+
+
 # --- the sentences ------------------------------------------------------------------------
 
 
@@ -256,7 +261,7 @@ def _noise(front: Sequence[Evaluation], candidates: Sequence[Evaluation]) -> lis
 
 def _noisy_times(candidates: Sequence[Evaluation]) -> list[str]:
     measured = [e for e in candidates if e.measurement is not None]
-    noisy = sum(is_noisy(e.measurement) or is_slow(e.measurement) for e in measured)
+    noisy = sum(is_doubtful(e) for e in measured)
     if not measured:
         return ["No time here was measured on a device."]
     if not noisy:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from nas.describe import describe_config, format_bpb, format_bytes, format_count, format_ms, format_rate, format_s
 from nas.evaluation import Evaluation, Speed
-from nas.findings import is_noisy, is_slow
+from nas.findings import is_doubtful, is_noisy, is_slow
 from nas.front import choose, front_of
 
 _ROWS = 10
@@ -75,7 +75,7 @@ def front_table(evaluations: Sequence[Evaluation], speed: Speed = "decode", *, m
         words = Text(row[-1]) if most is None else Text(row[-1], no_wrap=True, overflow="ellipsis")
         table.add_row(*(Text(cell) for cell in row[:-1]), words, style="bold" if e is best else None)
     notes = [f"{len(front) - len(shown)} more on the front"] if len(shown) < len(front) else []
-    if any(_is_doubtful(e) for e in shown):
+    if any(is_doubtful(e) for e in shown):
         notes.append("~ times spread widely, or the device ran slow")
     if not front:
         notes = ["no model on the front yet"]
@@ -83,12 +83,8 @@ def front_table(evaluations: Sequence[Evaluation], speed: Speed = "decode", *, m
     return table
 
 
-def _is_doubtful(e: Evaluation) -> bool:
-    return is_noisy(e.measurement) or is_slow(e.measurement)
-
-
 def _cells(e: Evaluation, is_best: bool) -> list[str]:
-    mark = "~" if _is_doubtful(e) else ""
+    mark = "~" if is_doubtful(e) else ""
     return [
         *(str(e.trial), "★" if is_best else ""),
         *(format_bpb(e.val_bpb, e.val_bpb_stderr), format_ms(e.decode_s_per_token) + mark, format_s(e.request_s) + mark),

@@ -7,7 +7,6 @@ for (how many bytes a token stands for, which corpus made it) is in NAME.meta.js
 import hashlib
 import json
 import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -25,6 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nas.corpus import Corpus, cut
 from nas.errors import InvalidRun, UserError
+from nas.evaluation import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 """The special token between documents, and before the first token of each."""
@@ -159,9 +159,9 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, path: str | Path) -> Tokeni
         "bytes_per_token": sum(len(t.encode()) for t in sample) / tokens,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, text)
+    write_whole(path, text)
     # Last, as its hash of the first vouches for both.
-    _write_whole(_meta_path(path), json.dumps(meta, indent=1) + "\n")
+    write_whole(_meta_path(path), json.dumps(meta, indent=1) + "\n")
     return Tokenizer(inner, meta, sha256)
 
 
@@ -251,19 +251,3 @@ def tokenised(corpus: Corpus, tokenizer: Tokenizer) -> TokenisedCorpus:
 
 def _meta_path(path: Path) -> Path:
     return path.with_suffix(".meta.json")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -59,9 +59,7 @@ class LocalTarget:
     @property
     def cpu(self) -> Cpu:
         """What the schedules need to know."""
-        wide = self.spec.vector_bytes >= 64
-        arm = (self.spec.triple or "").startswith(("aarch64", "arm64"))
-        return Cpu(vector_bytes=self.spec.vector_bytes, registers=32 if wide or arm else 16, cores=self.spec.cores)
+        return _cpu(self.spec)
 
     def compile(self, program: Program, out_dir: Path) -> Path:
         """Compiles in the compile worker.
@@ -170,8 +168,7 @@ class LocalTarget:
         return self._cache / f"{what}-{_PROBE_FORMAT}-tvm{version}-{spec.cpu}-{spec.cores}x{spec.vector_bytes}.{suffix}"
 
     def _ceilings(self, spec: DeviceSpec) -> dict[str, float]:
-        self._spec = spec  # the probe is compiled for what is known so far
-        cpu = self.cpu
+        cpu = _cpu(spec)
         result: dict[str, float] = self._ask(
             self._runner, "measuring the ceilings", _DETECT_TIMEOUT_S, "targets.tvm_run:ceilings",
             str(self._probe(spec)), PRODUCT_SIZE, cpu.tile_columns, READ_VALUES, 2 * cpu.cores, 4 * cpu.lanes,
@@ -188,7 +185,7 @@ class LocalTarget:
                     _DETECT_TIMEOUT_S,
                     "targets.tvm_probe:compile_probe",
                     self._llvm(spec),
-                    self.cpu,
+                    _cpu(spec),
                     Path(folder) / "probe.so",
                 )
                 Path(made).replace(path)
@@ -206,3 +203,9 @@ class LocalTarget:
             return worker.call(function, *args, timeout_s=timeout_s)
         except WorkerError as error:
             raise TargetError(f"{what} failed: {error}") from None
+
+
+def _cpu(spec: DeviceSpec) -> Cpu:
+    wide = spec.vector_bytes >= 64
+    arm = (spec.triple or "").startswith(("aarch64", "arm64"))
+    return Cpu(vector_bytes=spec.vector_bytes, registers=32 if wide or arm else 16, cores=spec.cores)

@@ -29,12 +29,10 @@ class ImportedStage:
     Attributes:
         module: IRModule whose `main` takes the inputs, then one tensor per entry of `weights`.
         weights: for each weight argument the stage's own name and how to lay it out.
-        num_inputs: how many arguments come before the weights.
     """
 
     module: Any
     weights: tuple[tuple[str, Layout], ...]
-    num_inputs: int
 
 
 def import_stage(program: ExportedProgram, tile: int) -> ImportedStage:
@@ -71,7 +69,7 @@ def import_stage(program: ExportedProgram, tile: int) -> ImportedStage:
     main = relax.Function([*inputs, *params], function.body, function.ret_ty, is_pure=True).with_attr("global_symbol", "main")
     module.update_func(module.get_global_var("main"), main)
     module = relax.transform.DeadCodeElimination()(module)
-    return ImportedStage(module=module, weights=tuple(weights), num_inputs=len(inputs))
+    return ImportedStage(module=module, weights=tuple(weights))
 
 
 def _used_vars(function: Any) -> set[Any]:
@@ -137,8 +135,7 @@ class _Converter:
     # --- operators ----------------------------------------------------------------------------
 
     def linear(self, node: fx.Node, importer: Any) -> Any:
-        x, weight = _args(node)[0], _args(node)[1]
-        bias = _args(node)[2] if len(_args(node)) > 2 else None
+        x, weight, bias, *_ = (*_args(node), None)
         found = self._weight(weight)
         assert found is not None, "a linear layer's weight is a parameter"
         columns, rows = weight.meta["val"].shape[1], weight.meta["val"].shape[0]
@@ -148,7 +145,7 @@ class _Converter:
         return out if bias is None else builder.emit(relax.op.add(out, importer.env[bias]))
 
     def matmul(self, node: fx.Node, importer: Any) -> Any:
-        a, b = _args(node)[0], _args(node)[1]
+        a, b = _args(node)
         base, order = _base(b)
         return importer.block_builder.emit_te(_product, importer.env[a], importer.env[base], order, primfunc_name_hint="product")
 

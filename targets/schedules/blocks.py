@@ -3,7 +3,6 @@
 from typing import Any
 
 from tvm import tirx
-from tvm.s_tir import ScheduleError
 
 
 def block_handles(sch: Any) -> list[Any]:
@@ -34,6 +33,3 @@ def inline_all(sch: Any, keep: tuple[Any, ...]) -> None:
 def int_or_none(extent: Any) -> int | None:
     """The value of a constant extent, None for a varying one."""
     return int(extent.value) if isinstance(extent, tirx.IntImm) else None
-
-
-__all__ = ["ScheduleError", "block_handles", "inline_all", "int_or_none", "is_reduction", "output_block"]
