@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := build/peers
 # Arguments for the search, e.g. make search ARGS="--trials 40 --seed 1"
 ARGS ?=
 
@@ -24,11 +25,21 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Without an emulator the tests that need one say why they are skipped.
 test: lint
+	$(BIN)/python -m scripts.emulator || true
 	$(BIN)/pytest -n 2 --dist worksteal
 
-bench: setup
-	$(BIN)/python benchmarks/engine.py
+# The runtimes we are compared with, in an environment of their own; llama.cpp is built for this processor.
+$(PEERS)/.ready: benchmarks/peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --no-binary llama-cpp-python --requirement benchmarks/peers.txt
+	touch $@
+
+# e.g. make bench ARGS="--quick"
+bench: setup $(PEERS)/.ready
+	$(BIN)/python benchmarks/engine.py --peers-python $(PEERS)/bin/python $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,29 +1,54 @@
-"""What compiled models are compared with; each function runs in a worker process of its own."""
+"""The runtimes that compiled models are compared with; runs in the peers' own environment, one runtime a process.
 
-import statistics
+    python engine_peers.py PEER
+
+Reads lines of JSON, `["load", PeerJob]` or `["time", Timing]`, and answers each with one line: `{"value": ...}` or
+`{"error": ...}`. Loading gives the largest error of the logits, relative to the largest of PyTorch's.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+from cells import PeerJob
+from numpy.typing import NDArray
+
+PEERS = {
+    "PyTorch eager": "peer_torch:eager",
+    "torch.compile": "peer_torch:compiled",
+    "ONNX Runtime": "peer_onnxruntime:load",
+    "OpenVINO": "peer_openvino:load",
+    "llama.cpp": "peer_llama:load",
+}
+"""Name -> "module:function", which takes a `PeerJob` and gives a `Session`."""
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_FEWEST_REPEATS = 3
 
 
-def torch_eager(config: dict[str, Any], prompt: int, context: int) -> dict[str, float]:
-    """Median seconds of PyTorch's own prefill of `prompt` tokens and of one decode step against `context` rows."""
-    import torch
+class Session(Protocol):
+    """A loaded model with its inputs in place."""
 
-    from search_spaces.config import SLMConfig
-    from search_spaces.model import SLM
+    def run(self) -> None:
+        """One prefill or one decode step, finished when it returns."""
 
-    model = SLM(SLMConfig.from_dict(config)).initialise(0).eval()
-    ids = torch.randint(config["vocab_size"], (1, context))
-    with torch.inference_mode():
-        _, caches = model.prefill(ids)
-        return {
-            "prefill": _median_s(lambda: model.prefill(ids[:, :prompt])),
-            "decode": _median_s(lambda: model.decode(ids[:, :1], caches)),
-        }
+    def logits(self) -> NDArray[np.float32]:
+        """What the last run gave, any shape of V values."""
+
+    def close(self) -> None:
+        """Frees what the end of the object does not."""
 
 
-def _median_s(run: Callable[[], object], repeats: int = 7, least_s: float = 0.05) -> float:
+def times_s(run: Callable[[], None], timing: dict[str, Any]) -> list[float]:
+    """Raw seconds per call, by the rules of `targets.measurement.Timing`: warm-up, repeats of enough calls each."""
+
     def elapsed(number: int) -> float:
         begin = time.perf_counter()
         for _ in range(number):
@@ -31,5 +56,55 @@ def _median_s(run: Callable[[], object], repeats: int = 7, least_s: float = 0.05
         return (time.perf_counter() - begin) / number
 
     elapsed(1)
-    number = max(1, round(least_s / elapsed(1)))
-    return statistics.median(elapsed(number) for _ in range(repeats))
+    once, warm_until = elapsed(1), time.perf_counter() + timing["warmup_s"]
+    while time.perf_counter() < warm_until:
+        once = min(once, elapsed(1))
+    number = max(1, round(timing["min_repeat_s"] / once))
+    taken: list[float] = []
+    until = time.perf_counter() + timing["budget_s"]
+    while len(taken) < timing["repeats"] and (len(taken) < _FEWEST_REPEATS or time.perf_counter() < until):
+        taken.append(elapsed(number))
+    return taken
+
+
+def relative_error(session: Session, inputs: str) -> float:
+    """Largest difference of the logits over the largest expected magnitude."""
+    from safetensors import safe_open
+
+    with safe_open(inputs, framework="numpy") as file:
+        expected = file.get_tensor("logits").ravel()
+    session.run()
+    return float(np.abs(np.asarray(session.logits()).ravel() - expected).max() / np.abs(expected).max())
+
+
+def _serve(peer: str) -> None:
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    session: Session | None = None
+    reply: dict[str, Any]
+    for line in sys.stdin:
+        question, argument = json.loads(line)
+        try:
+            if question == "load":
+                if session is not None:  # the last one goes before the next one comes
+                    session.close()
+                    session = None
+                job = PeerJob.from_dict(argument)
+                module, _, function = PEERS[peer].partition(":")
+                session = getattr(importlib.import_module(module), function)(job)
+                reply = {"value": relative_error(session, job.inputs)}
+            else:
+                assert session is not None
+                reply = {"value": times_s(session.run, argument)}
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            reply = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # stopped as it may be, it must not outlive who asked
+    _serve(sys.argv[1])

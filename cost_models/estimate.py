@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from search_spaces.config import SLMConfig
+from search_spaces.precision import Precision
 from search_spaces.workload import RequestTokens
 from targets.spec import DeviceSpec
 
@@ -30,6 +31,6 @@ class CostModel(Protocol):
         """How reports call it."""
         ...
 
-    def estimate(self, config: SLMConfig, tokens: RequestTokens, spec: DeviceSpec) -> Estimate:
-        """The predicted times; called for every candidate, so it must cost microseconds."""
+    def estimate(self, config: SLMConfig, tokens: RequestTokens, spec: DeviceSpec, precision: Precision = "fp32") -> Estimate:
+        """The predicted times with matrices in a precision; called for every candidate, so it must cost microseconds."""
         ...

@@ -1,5 +1,6 @@
 """A config on a target, measured: what a request costs there, after the compiled program equalled PyTorch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,15 @@ from search_spaces.config import SLMConfig
 from search_spaces.counting import kv_bytes_per_token
 from search_spaces.stages import cache_names
 from search_spaces.workload import RequestTokens, Workload
+from targets.arrays import write_arrays
 from targets.measurement import Measurement
 from targets.program import ROWS, Sample, Step
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from search_spaces.model import SLM
+    from search_spaces.quantisation import Precision
 
 DECODE_STEPS = 8
 """How many decode steps are compared with PyTorch before anything is timed; fewer if the request generates fewer."""
@@ -59,7 +64,7 @@ def latency(measurement: Measurement, config: SLMConfig, tokens: RequestTokens, 
     )
 
 
-def make_sample(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM | None" = None) -> Sample:
+def make_sample(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM | None" = None, precision: "Precision" = "fp32") -> Sample:
     """A scripted prefill and up to `DECODE_STEPS` decode steps with PyTorch's results, and what to time.
 
     Nothing is computed until a target that computes calls `Sample.write`.
@@ -69,6 +74,7 @@ def make_sample(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM
         tokens: the request the program was built for.
         seed: of the weights (when `model` is None) and of the tokens.
         model: trained or otherwise given weights, float32 on the CPU.
+        precision: of the matrices; PyTorch's results are those of the rounded weights.
     """
     caches = [(i, cache) for i in range(config.num_layers) for cache in cache_names(config)]
     rows = [state_name(i, cache) + ROWS for i, cache in caches]
@@ -84,7 +90,7 @@ def make_sample(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM
     steps = _decode_steps(tokens)
     last = {"tokens": f"step{steps}.tokens", "positions": "timed.positions"}
     return Sample(
-        write=lambda path: _write(config, tokens, seed, model, path),
+        write=lambda path: _write(config, tokens, seed, model, precision, path),
         steps=tuple(step(n) for n in range(steps + 1)),
         timed={"prefill": (step(0).inputs, 0), "decode": (last, tokens.mid_context)},
     )
@@ -95,33 +101,47 @@ def _decode_steps(tokens: RequestTokens) -> int:
     return min(DECODE_STEPS, tokens.generated)
 
 
-def _write(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM | None", path: Path) -> None:
+def _write(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM | None", precision: "Precision", path: Path) -> None:
+    import copy
+
     import torch
-    from safetensors.torch import save_file
 
     from search_spaces.model import SLM
 
-    steps = _decode_steps(tokens)
-    generator = torch.Generator().manual_seed(seed)
     if model is None:
         model = randomise(SLM(config), seed)
-    ids_S = torch.randint(config.vocab_size, (tokens.prompt + steps,), generator=generator)
-    arrays = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    arrays["timed.positions"] = torch.tensor([tokens.mid_context])
+    elif precision != "fp32":
+        model = copy.deepcopy(model)  # its weights are rounded below
     with torch.inference_mode():
-        logits, caches = model.prefill(ids_S[None, : tokens.prompt])
-        new = caches
-        for n in range(steps + 1):
-            first, count = (0, tokens.prompt) if n == 0 else (tokens.prompt + n - 1, 1)
-            ids = ids_S[None, first : first + count]
-            if n > 0:
-                logits, new = model.decode(ids, caches)
-                caches = [tuple(torch.cat(pair, dim=1) for pair in zip(*layer, strict=True)) for layer in zip(caches, new, strict=True)]
-            arrays |= {f"step{n}.tokens": ids, f"step{n}.positions": torch.arange(first, first + count), f"step{n}.logits": logits}
-            for i, layer_rows in enumerate(new):
-                for cache, value in zip(cache_names(config), layer_rows, strict=True):
-                    arrays[f"step{n}.{state_name(i, cache)}{ROWS}"] = value
-    save_file({name: value.detach().contiguous() for name, value in arrays.items()}, path)
+        write_arrays(path, ((name, value.detach().numpy()) for name, value in _arrays(config, tokens, seed, model, precision)))
+
+
+def _arrays(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM", precision: "Precision") -> "Iterator[tuple[str, Tensor]]":
+    """The sample's arrays one at a time: large models are held once, and nothing beside them."""
+    import torch
+
+    from search_spaces.quantisation import round_weights, stored_tensors
+
+    for name, tensor, _ in stored_tensors(model, precision):
+        yield name, tensor
+    round_weights(model, precision)
+    yield "timed.positions", torch.tensor([tokens.mid_context])
+    steps = _decode_steps(tokens)
+    ids_S = torch.randint(config.vocab_size, (tokens.prompt + steps,), generator=torch.Generator().manual_seed(seed))
+    logits, caches = model.prefill(ids_S[None, : tokens.prompt])
+    new = caches
+    for n in range(steps + 1):
+        first, count = (0, tokens.prompt) if n == 0 else (tokens.prompt + n - 1, 1)
+        ids = ids_S[None, first : first + count]
+        if n > 0:
+            logits, new = model.decode(ids, caches)
+            caches = [tuple(torch.cat(pair, dim=1) for pair in zip(*layer, strict=True)) for layer in zip(caches, new, strict=True)]
+        yield f"step{n}.tokens", ids
+        yield f"step{n}.positions", torch.arange(first, first + count)
+        yield f"step{n}.logits", logits
+        for i, layer_rows in enumerate(new):
+            for cache, value in zip(cache_names(config), layer_rows, strict=True):
+                yield f"step{n}.{state_name(i, cache)}{ROWS}", value
 
 
 def randomise(model: "SLM", seed: int) -> "SLM":

@@ -2,34 +2,37 @@
 
 from collections.abc import Iterator
 
+from cost_models.profile import weight_operator
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
+from search_spaces.quantisation import Precision, stored_tensors
 from search_spaces.stages import Phase, StageUse, cache_names, cache_row_shapes, stage_uses
 from search_spaces.workload import RequestTokens
 from targets.program import ROWS, Call, Function, Program, Stage, TensorSpec
 
 
-def build_program(config: SLMConfig, tokens: RequestTokens) -> Program:
+def build_program(config: SLMConfig, tokens: RequestTokens, precision: Precision = "fp32") -> Program:
     """The program of a request: `prefill` of `tokens.prompt` tokens and `decode` of one token.
 
     Args:
         config: the architecture; its context must hold `tokens.total`.
         tokens: the request.
+        precision: of the matrices.
     """
     assert tokens.total <= config.context, f"a request of {tokens.total} tokens exceeds context={config.context}"
     model = SLM(config, device="meta")
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    specs = {name: TensorSpec(shape=tuple(tensor.shape), dtype=dtype) for name, tensor, dtype in stored_tensors(model, precision)}
     stages: dict[str, Stage] = {}
     functions = {}
     for phase, rows in (("prefill", tokens.prompt), ("decode", 1)):
-        uses = list(stage_uses(config, phase, rows))  # type: ignore[arg-type]
+        uses = list(stage_uses(config, phase, rows, precision))  # type: ignore[arg-type]
         stages |= {use.spec.key: Stage(key=use.spec.key, export=use.spec.export) for use in uses}
         functions[phase] = _function(config, phase, rows, uses)  # type: ignore[arg-type]
     used = dict.fromkeys(name for f in functions.values() for call in f.calls for name in call.weights.values())
     return Program(
         functions=functions,
         stages=stages,
-        weights={name: TensorSpec(shape=tuple(tensors[name].shape)) for name in used},
+        weights={name: specs[name] for name in used},
         state={name: TensorSpec(shape=shape) for name, shape in _state(config)},
         bounds={"C": tokens.total},
     )
@@ -63,6 +66,7 @@ def _function(config: SLMConfig, phase: Phase, rows: int, uses: list[StageUse]) 
             names_in = ("x", *rope, *(caches if phase == "decode" else ()))
             names_out = ("x", *(name + ROWS for name in caches))
             outputs += names_out[1:]
-        calls.append(Call(stage=use.spec.key, inputs=names_in, weights=use.weights, outputs=names_out))
+        operators = {name: weight_operator(use.spec.kind, name) for name in use.weights}
+        calls.append(Call(stage=use.spec.key, inputs=names_in, weights=use.weights, outputs=names_out, operators=operators))
     inputs = {"tokens": TensorSpec(shape=(1, rows), dtype="int64"), "positions": TensorSpec(shape=(rows,), dtype="int64"), **state}
     return Function(name=phase, inputs=inputs, calls=tuple(calls), outputs=tuple(outputs))

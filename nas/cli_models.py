@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nas.cli_types import PRECISION, PRECISION_HELP
+
 if TYPE_CHECKING:
+    from cost_models.profile import Profile
     from search_spaces.config import SLMConfig
     from search_spaces.model import SLM
+    from search_spaces.precision import Precision
     from search_spaces.workload import Workload
+
+
+_PROFILE_SHARE = 0.5
+"""Of the time that timing takes, spent on a profile that was asked for: many runs, for steady medians."""
 
 
 def cache_dir() -> Path:
@@ -62,16 +70,23 @@ def _model(text: str) -> _Named:
 @click.option("--target", default="local", show_default=True, help="Where to measure: a name from `edgewise targets list`.")
 @click.option("--prompt-bytes", type=click.IntRange(min=1), default=512, show_default=True, help="Text to read.")
 @click.option("--generate-bytes", type=click.IntRange(min=1), default=256, show_default=True, help="Text to generate.")
+@click.option("--weights", type=PRECISION, default="fp32", show_default=True, help=PRECISION_HELP)
+@click.option("--profile", is_flag=True, help="Show which operators the time goes to, beside what the device can do.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, raw times included.")
-def measure_command(model: str, target: str, prompt_bytes: int, generate_bytes: int, as_json: bool) -> None:
+def measure_command(
+    model: str, target: str, prompt_bytes: int, generate_bytes: int, weights: "Precision", profile: bool, as_json: bool
+) -> None:
     """Compile a model for a device, check it against PyTorch, and time a request.
 
     MODEL is a config.json, a folder with one (such as an export), or a published model's name. Without a tokenizer, the
-    bytes a token stands for are assumed from the size of the vocabulary.
+    bytes a token stands for are assumed from the size of the vocabulary. The check against PyTorch is on the weights as
+    rounded to --weights.
 
     \b
     Examples:
       edgewise measure my-model
+      edgewise measure my-model --weights int8
+      edgewise measure my-model --profile
       edgewise measure smollm-135m --generate-bytes 64 --json
     """
     named = _model(model)
@@ -81,11 +96,13 @@ def measure_command(model: str, target: str, prompt_bytes: int, generate_bytes: 
     workload = Workload(prompt_bytes=prompt_bytes, generate_bytes=generate_bytes)
     device = load_target(target, cache_dir())
     try:
-        values = _measured(named, device, workload)
+        values = _measured(named, device, workload, weights, with_profile=profile)
     finally:
         device.close()
+    parts = values.pop("profile")
     if as_json:
-        click.echo(json.dumps(values, indent=1))
+        shown = {"profile": {phase: part.to_dict() for phase, part in parts.items()}} if profile else {}
+        click.echo(json.dumps(values | shown, indent=1))
         return
     from nas.describe import describe_config, format_bytes, format_count, format_ms, format_rate, format_s
 
@@ -95,6 +112,7 @@ def measure_command(model: str, target: str, prompt_bytes: int, generate_bytes: 
         [
             ("device", values["target"]),
             ("parameters", format_count(values["params"])),
+            ("weights", f"{values['weights']}, {format_bytes(values['weight_bytes'])}"),
             ("request", f"{prompt_bytes} + {generate_bytes} bytes, {values['prompt_tokens']} + {values['generated_tokens']} tokens"),
             ("bytes per token", f"{values['bytes_per_token']:.2f}{assumed}"),
             ("prefill", format_s(values["prefill_s"])),
@@ -106,6 +124,8 @@ def measure_command(model: str, target: str, prompt_bytes: int, generate_bytes: 
             ("estimate", f"{format_ms(values['estimate']['decode_s_per_token'])} ms a token ({values['estimate']['model']})"),
         ]
     )
+    if profile:
+        _show_profiles(parts, values)
     if values["slow"]:
         click.echo(
             f"the device ran {values['slowdown']:.2f} times slower than it can: let it cool, close other programs and measure again",
@@ -115,11 +135,23 @@ def measure_command(model: str, target: str, prompt_bytes: int, generate_bytes: 
         click.echo(f"times of {', '.join(values['noisy'])} spread widely: close other programs and measure again", err=True)
 
 
-def _measured(named: _Named, device: Any, workload: "Workload") -> dict[str, Any]:
+def _show_profiles(parts: "dict[str, Profile]", values: dict[str, Any]) -> None:
+    from nas.breakdown import COLUMNS, breakdown_rows
+
+    titles = {"prefill": f"prefill of {values['prompt_tokens']} tokens", "decode": f"decode of a token after {values['context']} others"}
+    for phase, part in parts.items():
+        click.echo(f"\n{titles[phase]}")
+        _table([COLUMNS, *breakdown_rows(part, **values["ceilings"])])
+
+
+def _measured(
+    named: _Named, device: Any, workload: "Workload", precision: "Precision" = "fp32", *, with_profile: bool = False
+) -> dict[str, Any]:
     """Measures a model; refuses what cannot fit before anything is compiled.
 
     Raises:
-        UserError: if the request exceeds the context, or the model the device's memory.
+        UserError: if the request exceeds the context, the model the device's memory, or a profile is asked of a device
+            that takes none.
         TargetError: if it cannot be compiled or measured, or differs from PyTorch.
     """
     import tempfile
@@ -132,12 +164,12 @@ def _measured(named: _Named, device: Any, workload: "Workload") -> dict[str, Any
     from targets.measurement import Timing
 
     config = named.config
-    weights: SLM | None = None
+    model: SLM | None = None
     bytes_per_token, assumed = assumed_bytes_per_token(config.vocab_size), True
     if named.folder is not None:
         from nas.export import load_exported
 
-        weights, tokenizer = load_exported(named.folder)
+        model, tokenizer = load_exported(named.folder)
         bytes_per_token, assumed = tokenizer.bytes_per_token, False
     tokens = workload.tokens(bytes_per_token)
     if tokens.total > config.context:
@@ -146,25 +178,30 @@ def _measured(named: _Named, device: Any, workload: "Workload") -> dict[str, Any
             "give fewer --prompt-bytes or --generate-bytes"
         )
     # As in a search, what is sure: the workspace depends on how the device computes.
-    needed, memory = weight_bytes(config) + kv_bytes(config, tokens.total), device.spec.memory_bytes
+    needed, memory = weight_bytes(config, precision) + kv_bytes(config, tokens.total), device.spec.memory_bytes
     if memory and needed > memory:
         raise UserError(
             f"{named.name} needs {format_bytes(needed)} of memory and target {device.spec.name!r} has {format_bytes(memory)}; "
-            "measure a smaller model"
+            f"measure a smaller model{'' if precision == 'int4' else ', or one in fewer bits with --weights'}"
         )
 
     from cost_models.measured import latency, make_sample
+    from cost_models.profile import profiles
     from cost_models.program import build_program
 
+    timing = Timing(profile_share=_PROFILE_SHARE) if with_profile else Timing()
     with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
-        artifact = device.compile(build_program(config, tokens), Path(folder))
-        measurement = device.measure(artifact, make_sample(config, tokens, 0, weights), Timing())
+        artifact = device.compile(build_program(config, tokens, precision), Path(folder))
+        measurement = device.measure(artifact, make_sample(config, tokens, 0, model, precision), timing)
+    if with_profile and measurement.profile is None:
+        raise UserError(f"target {device.spec.name!r} cannot tell where its time goes; leave out --profile, or choose another --target")
     measured = latency(measurement, config, tokens, workload)
-    counts = count(config, context=tokens.mid_context)
+    counts = count(config, context=tokens.mid_context, precision=precision)
     return {
         "model": named.name,
         "target": device.spec.name,
         "config": config.to_dict(),
+        "weights": precision,
         "params": counts.params,
         "context": counts.context,
         "flops_per_token": counts.flops_per_token,
@@ -178,7 +215,9 @@ def _measured(named: _Named, device: Any, workload: "Workload") -> dict[str, Any
         "noisy": list(measurement.noisy),
         "slow": measurement.is_slow,
         "slowdown": measurement.slowdown,
-        "estimate": Roofline().estimate(config, tokens, device.spec).to_dict(),
+        "estimate": Roofline().estimate(config, tokens, device.spec, precision).to_dict(),
+        "ceilings": {"flops_per_s": device.spec.flops_per_s, "read_bytes_per_s": device.spec.read_bytes_per_s},
+        "profile": profiles(measurement, config, tokens, precision),
     }
 
 
@@ -187,29 +226,32 @@ def _measured(named: _Named, device: Any, workload: "Workload") -> dict[str, Any
 
 @click.command("count")
 @click.argument("model", metavar="MODEL")
+@click.option("--weights", type=PRECISION, default="fp32", show_default=True, help=PRECISION_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def count_command(model: str, as_json: bool) -> None:
+def count_command(model: str, weights: "Precision", as_json: bool) -> None:
     """Count a model's parameters, FLOPs and bytes, by component, from the architecture alone.
 
     MODEL is a config.json, a folder with one (such as an export), or a published model's name. FLOPs and bytes read are
     those of decoding one token with a full context (`context` in the JSON: the tokens before it). The peak (`peak_bytes`)
     is that of decoding with a full context: weights, the whole cache and the workspace of one token, without a prompt's.
-    All values are float32.
+    Bytes of weights are those of --weights, scales included; norms, biases, the cache and activations are float32 always.
 
     \b
     Examples:
       edgewise count smollm-135m
+      edgewise count smollm-135m --weights int4
       edgewise count my-model/config.json --json
     """
     named = _model(model)
     from search_spaces.counting import count
 
-    c = count(named.config)
+    c = count(named.config, precision=weights)
     components = list(dict.fromkeys((*c.params_by_component, *c.flops_by_component, *c.bytes_read_by_component)))
     if as_json:
         values = {
             "model": named.name,
             "config": named.config.to_dict(),
+            "weights": c.precision,
             "params": c.params,
             "flops_per_token": c.flops_per_token,
             "weight_bytes": c.weight_bytes,
@@ -238,7 +280,7 @@ def count_command(model: str, as_json: bool) -> None:
     click.echo("")
     _table(
         [
-            ("weights", f"{c.weight_bytes:,} bytes", format_bytes(c.weight_bytes)),
+            (f"weights ({c.precision})", f"{c.weight_bytes:,} bytes", format_bytes(c.weight_bytes)),
             ("cache per token", f"{c.kv_bytes_per_token:,} bytes", format_bytes(c.kv_bytes_per_token)),
             (f"cache of {named.config.context} tokens", f"{c.kv_bytes:,} bytes", format_bytes(c.kv_bytes)),
             ("peak while decoding", f"{c.peak_bytes:,} bytes", format_bytes(c.peak_bytes)),

@@ -1,9 +1,11 @@
-"""What people write on the command line for durations, sizes and counts, read into SI units."""
+"""What people write on the command line for durations, sizes and counts, read into SI units, and for precisions."""
 
 import math
 import re
 
 import click
+
+from search_spaces.precision import MEANINGS, PRECISIONS, Precision
 
 _NUMBER = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-zµμ]*)\s*")
 
@@ -70,3 +72,32 @@ class Count(_Quantity):
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """The number."""
         return value if isinstance(value, int) else max(1, round(self._read(value, param, ctx)))
+
+
+PRECISION = click.Choice(PRECISIONS)
+"""One precision."""
+
+PRECISION_HELP = f"How the device holds the matrices: {', '.join(f'{name} ({meaning})' for name, meaning in MEANINGS.items())}."
+
+
+class Precisions(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """`int8` or `fp32,int8,int4` as a tuple of precisions."""
+
+    name = "precisions"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """How `--help` shows the value."""
+        return f"[{'|'.join(PRECISIONS)}][,…]"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Precision, ...]:
+        """The precisions, in the order written."""
+        if isinstance(value, tuple):
+            return value
+        words = [word.strip() for word in str(value).split(",")]
+        found: list[Precision] = [precision for word in words for precision in PRECISIONS if precision == word]
+        wrong = next((word for word in words if word not in PRECISIONS), None)
+        if wrong is not None:
+            self.fail(f"{wrong!r} is not a precision; use one or several of {', '.join(PRECISIONS)}, as in fp32,int8", param, ctx)
+        if len(set(found)) < len(found):
+            self.fail(f"{value!r} names a precision twice; name each once", param, ctx)
+        return tuple(found)

@@ -1,12 +1,23 @@
 """Architectures and quantities in the words people read; the only place where milliseconds and megabytes exist."""
 
 import math
+from typing import TYPE_CHECKING
 
 from search_spaces.config import PerLayer, SLMConfig
+
+if TYPE_CHECKING:
+    from nas.evaluation import Evaluation
 
 _ACTIVATIONS = {"relu": "ReLU", "gelu": "GELU", "gelu_tanh": "GELU-tanh", "silu": "SiLU"}
 _NORMS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
 _SHARING = {"sequence": "in sequence", "cycle": "cycled", "cycle_rev": "cycled and reversed"}
+
+
+def describe_trial(evaluation: "Evaluation") -> str:
+    """A trial's model in one line: `describe_config`, and the precision of its weights where people are told; "–" without a config."""
+    if evaluation.config is None:
+        return "–"
+    return describe_config(evaluation.config) + (f", {evaluation.weights} weights" if evaluation.names_weights else "")
 
 
 def describe_config(config: SLMConfig) -> str:
@@ -107,6 +118,12 @@ def design_facts(config: SLMConfig) -> dict[str, str | int | float]:
         "embedding scale": _embedding_scale(config),
         **_by_layer(config),
     }
+
+
+def trial_facts(evaluation: "Evaluation") -> dict[str, str | int | float]:
+    """`design_facts` of a trial with a config, and the precision of its weights."""
+    assert evaluation.config is not None
+    return {**design_facts(evaluation.config), "weights": evaluation.weights}
 
 
 def _biases(config: SLMConfig) -> dict[str, bool]:

@@ -16,12 +16,16 @@ from typing import Any, Literal, get_args
 
 from nas.errors import InvalidRun
 from search_spaces.config import InvalidConfig, SLMConfig
+from search_spaces.precision import PRECISIONS, Precision
 
 State = Literal["running", "complete", "infeasible", "failed", "diverged"]
 """running: not finished; infeasible: breaks a limit; failed: could not be compiled or measured; diverged: training did."""
 
 Speed = Literal["prefill", "decode", "request"]
 """Which time is traded against bits per byte."""
+
+WEIGHTS = "weights"
+"""The sampler's name of the precision, where a search chooses among several."""
 
 _INTS = ("trial", "duplicate_of", "params", "flops_per_token", "weight_bytes", "kv_bytes_per_token", "peak_bytes")
 _FLOATS = ("bytes_per_token", "prefill_s", "decode_s_per_token", "request_s", "bytes_per_s", "val_bpb", "val_bpb_stderr")
@@ -44,11 +48,13 @@ class Evaluation:
     reason: str | None = None
     """Why the trial did not complete, in one line."""
     duplicate_of: int | None = None
-    """The earlier trial with an equal config, whose results these are."""
+    """The earlier trial with an equal config and precision, whose results these are."""
 
     params_drawn: Mapping[str, Any] = field(default_factory=dict)
     """What the sampler proposed, by parameter name, before any repair."""
     config: SLMConfig | None = None
+    weights: Precision = "fp32"
+    """The precision of the matrices, in which the model is compiled, measured and scored."""
     bytes_per_token: float | None = None
     """UTF-8 bytes of text per token of this candidate's tokenizer."""
 
@@ -56,6 +62,7 @@ class Evaluation:
     """Unique parameters; tied and shared ones once."""
     flops_per_token: int | None = None
     weight_bytes: int | None = None
+    """Bytes of the weights in their precision, scales included."""
     kv_bytes_per_token: int | None = None
     peak_bytes: int | None = None
     """Memory counted from the architecture: weights, cache and workspace."""
@@ -73,7 +80,7 @@ class Evaluation:
 
     score: Mapping[str, Any] | None = None
     val_bpb: float | None = None
-    """Validation bits per byte of text."""
+    """Validation bits per byte of text, of the weights in their precision."""
     val_bpb_stderr: float | None = None
 
     stage_s: Mapping[str, float] = field(default_factory=dict)
@@ -82,6 +89,8 @@ class Evaluation:
     def __post_init__(self) -> None:
         if self.state not in get_args(State):
             raise InvalidRun(f"state={self.state!r} is not one of {', '.join(get_args(State))}; choose one")
+        if self.weights not in PRECISIONS:
+            raise InvalidRun(f"weights={self.weights!r} is not one of {', '.join(PRECISIONS)}; choose one")
         for name in _INTS:
             value = getattr(self, name)
             if value is None and name != "trial":
@@ -104,6 +113,11 @@ class Evaluation:
         for stage, seconds in self.stage_s.items():
             if not isinstance(seconds, int | float) or isinstance(seconds, bool):
                 raise InvalidRun(f"stage_s[{stage!r}]={seconds!r} is not a number of seconds; give one")
+
+    @property
+    def names_weights(self) -> bool:
+        """Whether people are told the precision: it is not float32, or the search chose among several."""
+        return self.weights != "fp32" or WEIGHTS in self.params_drawn
 
     @property
     def s_per_byte(self) -> float | None:

@@ -19,6 +19,7 @@ from nas.evaluation import Evaluation, write_whole
 from nas.front import front_of, speed_of
 from nas.run import Run
 from search_spaces.config import MODEL_TYPE, SLMConfig
+from search_spaces.precision import MEANINGS
 
 if TYPE_CHECKING:
     from nas.tokenizer import Tokenizer
@@ -37,6 +38,8 @@ CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenize
 
 def export_trial(run: Run, trial: int, to: Path) -> Path:
     """Writes a trial's model into a folder: config.json, model.safetensors, tokenizer.json, a model card.
+
+    The weights leave in float32, as trained; the card says in which precision they were measured and scored.
 
     Returns:
         The folder.
@@ -123,7 +126,7 @@ def model_card(run: Run, evaluation: Evaluation, vocab_size: int) -> str:
             "",
             "## Measured",
             "",
-            f"{where}, search begun {manifest['created']}; float32, one request at a time, "
+            f"{where}, search begun {manifest['created']}; {_weights(evaluation)}, one request at a time, "
             f"{settings['prompt_bytes']} bytes of prompt, {settings['generate_bytes']} generated.",
             "",
             "| what | value |",
@@ -134,6 +137,7 @@ def model_card(run: Run, evaluation: Evaluation, vocab_size: int) -> str:
             f"| peak memory | {format_bytes(evaluation.peak_bytes)} |",
             f"| weights | {format_bytes(evaluation.weight_bytes)} |",
             f"| validation bits per byte | {format_bpb(evaluation.val_bpb, evaluation.val_bpb_stderr)} |",
+            *_unrounded(evaluation, score),
             "",
             "## How it was found",
             "",
@@ -155,6 +159,23 @@ def model_card(run: Run, evaluation: Evaluation, vocab_size: int) -> str:
             "",
         ]
     )
+
+
+def _weights(evaluation: Evaluation) -> str:
+    """The precision that was measured, in words."""
+    if evaluation.weights == "fp32":
+        return "float32"
+    return (
+        f"{evaluation.weights} weights ({MEANINGS[evaluation.weights]}), rounded from the float32 ones in this folder "
+        f"(`edgewise measure` does the same with `--weights {evaluation.weights}`)"
+    )
+
+
+def _unrounded(evaluation: Evaluation, score: dict[str, Any]) -> list[str]:
+    """The table's row of what the float32 weights scored, where others were scored."""
+    if evaluation.weights == "fp32":
+        return []
+    return [f"| the same of the float32 weights | {format_bpb(score.get('val_bpb_fp32'), score.get('val_bpb_stderr_fp32'))} |"]
 
 
 def _cpu(device: dict[str, Any]) -> str:

@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nas.describe import attention_words, design_facts, format_bpb, format_count, format_rate, format_s, significant
-from nas.evaluation import Evaluation, Speed, State
+from nas.describe import attention_words, format_bpb, format_count, format_rate, format_s, significant, trial_facts
+from nas.evaluation import WEIGHTS, Evaluation, Speed, State
 from nas.front import choose, front_of
+from search_spaces.precision import PRECISIONS
 from targets.measurement import NOISY_IQR, SLOW, interquartile_range
 
 _ENOUGH = 8
@@ -30,6 +31,7 @@ def findings(evaluations: Sequence[Evaluation], speed: Speed = "decode") -> list
         return sentences
     sentences += _leaders(front, speed)
     sentences += _trade(front, speed)
+    sentences += _rounding(candidates)
     sentences += _surplus(front, candidates)
     sentences += _by_size(front, candidates, speed)
     sentences += _by_estimate(candidates, speed)
@@ -91,8 +93,9 @@ def is_slow(measurement: Mapping[str, Any] | None) -> bool:
 
 
 def is_doubtful(evaluation: Evaluation) -> bool:
-    """Whether the trial's times are noisy, or were taken while the device ran slow."""
-    return is_noisy(evaluation.measurement) or is_slow(evaluation.measurement)
+    """Whether the trial's times are noisy, or were taken while the device ran slow or other work would not stop."""
+    record = evaluation.measurement
+    return is_noisy(record) or is_slow(record) or (record or {}).get("quiet") is False
 
 
 # --- the sentences ------------------------------------------------------------------------
@@ -111,7 +114,8 @@ def _counts(evaluations: Sequence[Evaluation]) -> str:
     others = [f"{states[s]} {text}" for s, text in words.items() if states[s]]
     repeats = sum(e.duplicate_of is not None for e in evaluations)
     if repeats:
-        others.append(f"{repeats} repeated an earlier architecture and took its results")
+        several = " in the same precision" if any(WEIGHTS in e.params_drawn for e in evaluations) else ""
+        others.append(f"{repeats} repeated an earlier architecture{several} and took its results")
     return f"{states['complete']} of {_plural(len(evaluations), 'trial')} completed{'; ' if others else ''}{', '.join(others)}."
 
 
@@ -122,6 +126,7 @@ def _leaders(front: Sequence[Evaluation], speed: Speed) -> list[str]:
     at = front.index(chosen)
     name = attention_words(chosen.config) if chosen.config else "a model"
     size = f" of {format_count(chosen.params)} parameters" if chosen.params is not None else ""
+    size += f" in {chosen.weights}" if chosen.names_weights else ""
     figures = f"{format_bpb(chosen.val_bpb)} at {_pace(chosen, speed)}"
     if len(front) == 1:
         return [f"Trial {chosen.trial}, {name}{size}, is both the fastest and the most accurate measured here ({figures})."]
@@ -158,10 +163,24 @@ def _trade(front: Sequence[Evaluation], speed: Speed) -> list[str]:
     ]
 
 
+def _rounding(candidates: Sequence[Evaluation]) -> list[str]:
+    """What each precision cost in bits per byte, against the float32 weights of the same training."""
+    sentences = []
+    for precision in PRECISIONS:
+        before = [(e, (e.score or {}).get("val_bpb_fp32")) for e in candidates if e.weights == precision]
+        lost = [e.val_bpb - bpb for e, bpb in before if e.val_bpb is not None and isinstance(bpb, int | float)]
+        if not lost:
+            continue
+        middle, low, high = (_change(f(lost)) for f in (statistics.median, min, max))
+        spread = f" in the median of {len(lost)} candidates, {low} to {high}" if len(lost) > 1 else " in the one candidate that has them"
+        sentences.append(f"Rounding trained weights to {precision} changed bits per byte by {middle}{spread}.")
+    return sentences
+
+
 def _surplus(front: Sequence[Evaluation], candidates: Sequence[Evaluation]) -> list[str]:
     """The choice most over-represented on the front, and how likely that is if the front were drawn by lot."""
-    chosen = [design_facts(e.config) for e in front if e.config]
-    everyone = [design_facts(e.config) for e in candidates if e.config]
+    chosen = [trial_facts(e) for e in front if e.config]
+    everyone = [trial_facts(e) for e in candidates if e.config]
     if len(chosen) != len(front) or len(front) < 3 or len(everyone) < _ENOUGH or len(everyone) <= len(chosen):
         return []
     rows = []
@@ -309,6 +328,11 @@ def _outward(value: float, *, up: bool) -> float:
     """The value at four significant digits, rounded up or down."""
     step = 10.0 ** (math.floor(math.log10(value)) - 3)
     return (math.ceil(value / step - 1e-9) if up else math.floor(value / step + 1e-9)) * step
+
+
+def _change(bpb: float) -> str:
+    """A difference of bits per byte, to two digits."""
+    return ("−" if bpb < 0 else "+") + significant(abs(bpb), 2)
 
 
 def _signed(value: float) -> str:

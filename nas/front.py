@@ -12,6 +12,7 @@ FRONT_FIELDS = (
     "trial",
     "state",
     "config",
+    "weights",
     "bytes_per_token",
     "params",
     "flops_per_token",

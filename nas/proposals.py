@@ -9,7 +9,7 @@ lost can be made again from the folder's evaluations.
 import errno
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,9 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState, create_trial
 
 from nas.errors import InvalidRun, UserError
-from nas.evaluation import Evaluation, Speed
+from nas.evaluation import WEIGHTS, Evaluation, Speed
 from nas.run import without_password
+from search_spaces.precision import Precision
 from search_spaces.space import SearchSpace
 
 SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random")
@@ -70,19 +71,24 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     raise UserError(f"sampler {name!r} is not known; choose one of {', '.join(SAMPLERS)}")
 
 
-def propose(study: optuna.Study, space: SearchSpace, sampler: str, seed: int, trial: int) -> Proposal:
+def propose(
+    study: optuna.Study, space: SearchSpace, sampler: str, seed: int, trial: int, weights: Sequence[Precision] = ("fp32",)
+) -> Proposal:
     """What the sampler proposes for a trial, given the study's trials before it; changes nothing.
 
-    The first trials are the space's starts, if it has any.
+    The first trials are the space's starts, if it has any. Of several precisions of `weights` the sampler chooses one, as
+    the parameter `WEIGHTS` after those of the space; starts have the first.
     """
     state = np.random.SeedSequence([seed, trial]).generate_state(1)
     memory = optuna.create_study(directions=study.directions, sampler=make_sampler(sampler, int(state[0])))
     memory.add_trials(study.get_trials(deepcopy=False)[:trial])
     start = space.start(trial)
     if start is not None:
-        memory.enqueue_trial(dict(start))
+        memory.enqueue_trial({**start, WEIGHTS: weights[0]} if len(weights) > 1 else dict(start))
     asked = memory.ask()
     space.suggest(asked)
+    if len(weights) > 1:
+        asked.suggest_categorical(WEIGHTS, list(weights))
     drawn = memory.get_trials(deepcopy=False)[-1]
     # A sampler's notes for parallel workers are of no use once the trial is over; a generation's number is.
     attrs = {k: v for k, v in drawn.system_attrs.items() if "relative_params" not in k and k != "fixed_params"}

@@ -7,13 +7,15 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from nas.breakdown import COLUMNS, breakdown_rows, trial_profiles
 from nas.charts import AXES, OBJECTIVE_AXIS, Figure, Reference, design_figure, front_figures, importance_figure
-from nas.describe import describe_config, format_bpb, format_bytes, format_count, format_ms, format_rate, format_s
-from nas.evaluation import Evaluation, Speed, write_whole
+from nas.describe import describe_config, describe_trial, format_bpb, format_bytes, format_count, format_ms, format_rate, format_s
+from nas.evaluation import WEIGHTS, Evaluation, Speed, write_whole
 from nas.findings import findings
 from nas.front import choose, front_of
 from nas.importance import FEWEST_TRIALS, importances
 from nas.report_page import PAGE
+from search_spaces.workload import Workload
 
 if TYPE_CHECKING:
     import optuna
@@ -66,6 +68,7 @@ def write_report(
         buttons=_buttons(figures, first),
         front_note=_front_note(figures),
         table=_front_table(front, speed),
+        breakdowns=_breakdowns(front, speed, manifest),
         design_note=_note(
             "One line per complete candidate, dark where bits per byte are few. Drag along an axis to pick out some."
             if design
@@ -86,8 +89,13 @@ def starts_among(evaluations: Sequence[Evaluation], space: "Space") -> list[Refe
     return [
         Reference(name=f"plain, {format_count(e.params)}", evaluation=e)
         for e in evaluations
-        if e.state == "complete" and e.params_drawn and e.params_drawn == space.start(e.trial)
+        if e.state == "complete" and e.params_drawn and _without_weights(e) == space.start(e.trial)
     ]
+
+
+def _without_weights(evaluation: Evaluation) -> dict[str, Any]:
+    """The parameters drawn of the space alone."""
+    return {name: value for name, value in evaluation.params_drawn.items() if name != WEIGHTS}
 
 
 def _plotly() -> str:
@@ -117,6 +125,7 @@ def _headline(manifest: Mapping[str, Any], evaluations: Sequence[Evaluation], fr
         ("Date", _name(_find(manifest, "created"))),
         ("Corpus", _name(_find(manifest, "corpus"))),
         ("Training text", format_bytes(budget) if isinstance(budget, int | float) and not isinstance(budget, bool) else _name(budget)),
+        ("Weights", _name(_find(manifest, "weights")).replace(",", ", ")),
         ("Trials", f"{done} of {len(evaluations)} complete"),
         ("Front", f"{len(front)} {'model' if len(front) == 1 else 'models'}"),
     ]
@@ -144,7 +153,7 @@ def _chosen(front: Sequence[Evaluation], speed: Speed) -> str:
     best = choose(front, speed)
     if best is None:
         return _note("No trial has completed yet, so there is no model to choose.")
-    words = html.escape(describe_config(best.config)) if best.config is not None else "architecture unknown"
+    words = html.escape(describe_trial(best)) if best.config is not None else "architecture unknown"
     figures = [
         (format_bpb(best.val_bpb, best.val_bpb_stderr), "bits per byte"),
         (format_rate(1 / best.s_per_byte if best.s_per_byte else None), "characters/s"),
@@ -169,7 +178,7 @@ def _front_note(figures: Mapping[str, Figure]) -> str:
     return "" if figures else _note("Nothing to draw yet: no trial has both bits per byte and a time.")
 
 
-_COLUMNS = ("trial", "architecture", "parameters", "ms/token", "request", "characters/s", "peak", "bits per byte")
+_COLUMNS = ("trial", "architecture", "parameters", "weights", "ms/token", "request", "characters/s", "peak", "bits per byte")
 
 
 def _front_table(front: Sequence[Evaluation], speed: Speed) -> str:
@@ -182,6 +191,7 @@ def _front_table(front: Sequence[Evaluation], speed: Speed) -> str:
             f"{e.trial}{' ★' if e is best else ''}",
             describe_config(e.config) if e.config is not None else "–",
             format_count(e.params),
+            e.weights,
             format_ms(e.decode_s_per_token),
             format_s(e.request_s),
             format_rate(1 / e.s_per_byte if e.s_per_byte else None),
@@ -189,7 +199,27 @@ def _front_table(front: Sequence[Evaluation], speed: Speed) -> str:
             format_bpb(e.val_bpb, e.val_bpb_stderr),
         ]
         rows.append((cells, "best" if e is best else ""))
-    return _table(_COLUMNS, rows, wide=(1,))
+    keep = [i for i, name in enumerate(_COLUMNS) if name != "weights" or any(e.names_weights for e in front)]
+    return _table([_COLUMNS[i] for i in keep], [([cells[i] for i in keep], kind) for cells, kind in rows], wide=(1,))
+
+
+def _breakdowns(front: Sequence[Evaluation], speed: Speed, manifest: Mapping[str, Any]) -> str:
+    """Each model of the front taken apart, the default choice unfolded."""
+    lengths = {name: value for name in ("prompt_bytes", "generate_bytes") if (value := _find(manifest, name))}
+    ceilings = {name: _find(manifest, name) or 0.0 for name in ("flops_per_s", "read_bytes_per_s")}
+    best = choose(front, speed)
+    parts = []
+    for e in front:
+        phases = trial_profiles(e, Workload(**lengths))
+        if not phases or e.config is None:
+            continue
+        summary = f"trial {e.trial}{' ★' if e is best else ''}: {html.escape(describe_trial(e))}"
+        tables = "".join(
+            f"<h3>{phase}</h3>{_table(COLUMNS, [(row, '') for row in breakdown_rows(profile, **ceilings)], wide=())}"
+            for phase, profile in phases.items()
+        )
+        parts.append(f"<details{' open' if e is best else ''}><summary>{summary}</summary>{tables}</details>")
+    return "".join(parts) or _note("Nothing is known: no model of the front was measured on a device that can tell.")
 
 
 def _table(columns: Sequence[str], rows: Sequence[tuple[Sequence[str], str]], wide: Sequence[int]) -> str:
@@ -215,10 +245,7 @@ def _unfinished(evaluations: Sequence[Evaluation]) -> str:
     rest = sorted((e for e in evaluations if e.state != "complete"), key=lambda e: e.trial)
     if not rest:
         return _note("Every trial completed." if evaluations else "No trial has been made yet.")
-    rows = [
-        ([str(e.trial), e.state, e.reason or "–", format_count(e.params), describe_config(e.config) if e.config is not None else "–"], "")
-        for e in rest[:_MOST_LISTED]
-    ]
+    rows = [([str(e.trial), e.state, e.reason or "–", format_count(e.params), describe_trial(e)], "") for e in rest[:_MOST_LISTED]]
     table = _table(("trial", "state", "reason", "parameters", "architecture"), rows, wide=(2, 4))
     return table + (_note(f"… and {len(rest) - _MOST_LISTED} more.") if len(rest) > _MOST_LISTED else "")
 

@@ -9,7 +9,7 @@ _STYLE = """
 body { margin:0; background:var(--page); color:var(--text); font:15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main { max-width:1120px; margin:0 auto; padding:28px 20px 60px; }
 h1 { font-size:1.75rem; line-height:1.2; margin:0 0 4px; overflow-wrap:anywhere; }
-h2 { font-size:1.12rem; margin:0 0 10px; }
+h2 { font-size:1.12rem; margin:0 0 10px; } h3 { font-size:.95rem; margin:12px 0 2px; }
 p { margin:0 0 8px; max-width:80ch; }
 section { background:var(--card); border:1px solid var(--line); border-radius:12px; padding:18px 20px; margin-top:18px; min-width:0; }
 .brand { color:var(--soft); font-size:.85rem; margin:0 0 10px; letter-spacing:.02em; }
@@ -90,6 +90,10 @@ takes longer for a token but needs fewer of them. A <b>request</b> is the whole 
 <p><b>The front</b> holds the models that no other candidate beats in both speed and accuracy. Filled marks are that front on every axis;
 the step line is the best accuracy reachable at each value of the axis shown. The <b>default choice</b> (★) is the knee: the point furthest
 below the line joining the front's ends, on a log time scale. Past it, a little accuracy costs a lot of time.</p>
+<p><b>Weights</b> are trained as 32-bit floats. Where a precision is named, a model was compiled, measured and scored with its matrices
+rounded to it: its bits per byte are those of what the device computes with.</p>
+<p><b>What a model spends its time on</b> is measured beside its times, kernel by kernel: one prefill of the prompt, one decoding step.
+GFLOP/s count its matrix products, GB/s the weights and cached rows it must read; the last row is the most this device was seen to do.</p>
 <p>Scores come from short training, so they rank candidates; they are not what a model reaches when trained in full. <b>Importance</b> says
 how much the values of a parameter among the better half of candidates differ from everyone's (PED-ANOVA); with few trials it is rough.</p>
 """
@@ -108,6 +112,7 @@ style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'">
 <div id="front"></div></section>
 <section><h2>What this run shows</h2><ul class="findings">$findings</ul></section>
 <section><h2>The front</h2>$table</section>
+<section><h2>What a model spends its time on</h2>$breakdowns</section>
 <section><h2>Designs</h2>$design_note<div class="scroll"><div id="design"></div></div></section>
 <section><h2>What matters</h2>$importance_note<div id="importance"></div></section>
 <section><h2>Trials that did not complete</h2>$unfinished</section>

@@ -22,6 +22,7 @@ from nas.evaluation import Evaluation, Speed, write_whole
 from nas.front import choose, front_json, front_of, speed_of
 from nas.run import FORMAT, Run, changed_versions, utc_now, versions
 from search_spaces.space import Space
+from targets.quiet import working, yield_to_measuring
 from targets.spec import DeviceSpec
 from targets.target import Target
 
@@ -112,7 +113,7 @@ def search(
     bench = Bench(run=run, space=space, target=target, corpus=corpus, settings=settings, cost_model=cost_model, view=view)
     most = DEFAULT_TRIALS if trials is None and timeout_s is None else trials
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    with run.locked():
+    with run.locked(), working():
         changed = changed_versions(run)
         if changed is not None:
             view.note(changed)
@@ -148,7 +149,7 @@ def _loop(bench: Bench, study: "optuna.Study", most: int | None, deadline: float
                 or (most is None and idle >= IDLE_TRIALS)
             ):
                 return
-            proposal = propose(study, bench.space, settings.sampler, settings.seed, number)
+            proposal = propose(study, bench.space, settings.sampler, settings.seed, number, settings.weights)
             if evaluation is None or not finished:
                 evaluation = evaluate(bench, proposal, done)
             else:
@@ -166,6 +167,7 @@ def _loop(bench: Bench, study: "optuna.Study", most: int | None, deadline: float
             if time.monotonic() - reported > REPORT_EVERY_S:
                 rewrite_report(run)
                 reported = time.monotonic()
+            yield_to_measuring()
 
 
 def _finish(bench: Bench, interrupted: bool) -> Outcome:

@@ -25,7 +25,18 @@ _NARROW = 110
 """Columns below which the table leaves some out, so that the architecture stays readable."""
 
 _LINE_FIELDS = (
-    *("trial", "state", "params", "bytes_per_token", "peak_bytes", "prefill_s", "decode_s_per_token", "request_s", "bytes_per_s"),
+    *(
+        "trial",
+        "state",
+        "weights",
+        "params",
+        "bytes_per_token",
+        "peak_bytes",
+        "prefill_s",
+        "decode_s_per_token",
+        "request_s",
+        "bytes_per_s",
+    ),
     *("val_bpb", "val_bpb_stderr", "duplicate_of", "reason"),
 )
 
@@ -38,7 +49,7 @@ def parseable_line(evaluation: Evaluation) -> str:
     words = []
     for name in _LINE_FIELDS:
         value = getattr(evaluation, name)
-        if value is None:
+        if value is None or (name == "weights" and not evaluation.names_weights):
             continue
         plain = not isinstance(value, str) or value.replace("_", "a").isalnum()
         words.append(f"{name}={value if plain else json.dumps(value)}")
@@ -55,15 +66,18 @@ def front_table(evaluations: Sequence[Evaluation], speed: Speed = "decode", *, m
         most: no more rows than this, the ends and the default choice among them, one line each; a caption says how many
             are left out.
         width: columns of the terminal, if known; below `_NARROW` request time and memory are left out.
+
+    The precision of weights is a column only where people are told (`Evaluation.names_weights`).
     """
     front = front_of(evaluations, speed)
     best = choose(front, speed)
     shown = _spread(front, best, most)
-    names = ["trial", "", "bits/byte", "ms/token", "request", "chars/s", "params", "peak"]
+    names = ["trial", "", "bits/byte", "ms/token", "request", "chars/s", "params", "weights", "peak"]
     rows = [_cells(e, e is best) for e in shown]
-    if width is not None and width < _NARROW:
-        keep = [i for i, name in enumerate(names) if name not in ("request", "peak")]
-        names, rows = [names[i] for i in keep], [[*(row[i] for i in keep), row[-1]] for row in rows]
+    left_out = {"request", "peak"} if width is not None and width < _NARROW else set()
+    left_out |= set() if any(e.names_weights for e in front) else {"weights"}
+    keep = [i for i, name in enumerate(names) if name not in left_out]
+    names, rows = [names[i] for i in keep], [[*(row[i] for i in keep), row[-1]] for row in rows]
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold", caption_justify="left")
     for i, name in enumerate(names):
         # Figures keep their width; rich would otherwise cut them before the long words of the last column.
@@ -88,7 +102,7 @@ def _cells(e: Evaluation, is_best: bool) -> list[str]:
     return [
         *(str(e.trial), "★" if is_best else ""),
         *(format_bpb(e.val_bpb, e.val_bpb_stderr), format_ms(e.decode_s_per_token) + mark, format_s(e.request_s) + mark),
-        *(format_rate(1 / e.s_per_byte if e.s_per_byte else None), format_count(e.params), format_bytes(e.peak_bytes)),
+        *(format_rate(1 / e.s_per_byte if e.s_per_byte else None), format_count(e.params), e.weights, format_bytes(e.peak_bytes)),
         describe_config(e.config) if e.config is not None else "–",
     ]
 

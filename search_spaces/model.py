@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from search_spaces import operators  # noqa: F401  (defines torch.ops.edgewise)
 from search_spaces.config import LayerShape, SLMConfig
 
 Rope = tuple[Tensor, Tensor]
@@ -182,17 +183,11 @@ class Attention(nn.Module):
         return self._finish(o_BHSd.transpose(1, 2).reshape(B, S, self.H * self.d), x_BSD), (k_BSKd, v_BSKd)
 
     def decode(self, x_B1D: Tensor, rope: Rope, cache: Cache) -> tuple[Tensor, Cache]:
-        """One normalised input against C cached rows; scores are concatenated, never the cache."""
+        """One normalised input against C cached rows."""
         k_BCKd, v_BCKd = cache
-        B, G = x_B1D.shape[0], self.H // self.K
         q_B1Hd, k_B1Kd, v_B1Kd = self._project(x_B1D, rope)
-        q_BKGd = q_B1Hd.view(B, self.K, G, self.d)
-        k_BK1d, v_BK1d = k_B1Kd.view(B, self.K, 1, self.d), v_B1Kd.view(B, self.K, 1, self.d)
-        old_BKGC = torch.matmul(q_BKGd, k_BCKd.permute(0, 2, 3, 1))
-        new_BKG1 = (q_BKGd * k_BK1d).sum(dim=-1, keepdim=True)
-        p_BKGC, p_BKG1 = _split_softmax(old_BKGC, new_BKG1, 1 / math.sqrt(self.d))
-        o_BKGd = torch.matmul(p_BKGC, v_BCKd.permute(0, 2, 1, 3)) + p_BKG1 * v_BK1d
-        return self._finish(o_BKGd.reshape(B, 1, self.H * self.d), x_B1D), (k_B1Kd, v_B1Kd)
+        o_B1Hd = torch.ops.edgewise.cached_attention(q_B1Hd, k_BCKd, v_BCKd, k_B1Kd, v_B1Kd, 1 / math.sqrt(self.d))
+        return self._finish(o_B1Hd.reshape(x_B1D.shape[0], 1, self.H * self.d), x_B1D), (k_B1Kd, v_B1Kd)
 
 
 class LatentAttention(nn.Module):
@@ -250,19 +245,10 @@ class LatentAttention(nn.Module):
         q_B1Hd, q_rope_B1HR, c_B1L, k_rope_B1R = self._project(x_B1D, rope)
         q_BHL = torch.matmul(q_B1Hd.view(B, self.H, 1, self.d), self.k_up).view(B, self.H, self.L)
         q_BHR = q_rope_B1HR.view(B, self.H, self.R)
-        old_BHC = torch.matmul(q_BHL, c_BCL.transpose(1, 2)) + torch.matmul(q_BHR, k_rope_BCR.transpose(1, 2))
-        new_BH1 = (q_BHL * c_B1L).sum(dim=-1, keepdim=True) + (q_BHR * k_rope_B1R).sum(dim=-1, keepdim=True)
-        p_BHC, p_BH1 = _split_softmax(old_BHC, new_BH1, 1 / math.sqrt(self.d + self.R))
-        u_BHL = torch.matmul(p_BHC, c_BCL) + p_BH1 * c_B1L
+        scale = 1 / math.sqrt(self.d + self.R)
+        u_BHL = torch.ops.edgewise.latent_attention(q_BHL, q_BHR, c_BCL, k_rope_BCR, c_B1L, k_rope_B1R, scale)
         o_BH1v = torch.matmul(u_BHL.view(B, self.H, 1, self.L), self.v_up.transpose(1, 2))
         return self._finish(o_BH1v.reshape(B, 1, self.H * self.v), x_B1D), (c_B1L, k_rope_B1R)
-
-
-def _split_softmax(old: Tensor, new: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax over the C cached scores and the one new score, given back apart."""
-    p = torch.softmax(torch.cat((old, new), dim=-1) * scale, dim=-1)
-    C = old.shape[-1]
-    return p[..., :C], p[..., C : C + 1]
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram, export
 
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM, Block, Embed, Head
+from search_spaces.quantisation import Precision, QuantisedStage, quantised_names, quantised_tensors
 
 Phase = Literal["prefill", "decode"]
 Kind = Literal["embed", "block", "head"]
@@ -35,17 +36,19 @@ class StageSpec:
         phase: prefill (`tokens` rows, no cache) or decode (one row against a cache of any length).
         config: a one-layer config holding what the stage depends on; the rest at fixed values.
         tokens: rows of a prefill; 1 for decode.
+        precision: of the matrices.
     """
 
     kind: Kind
     phase: Phase
     config: SLMConfig
     tokens: int
+    precision: Precision = "fp32"
 
     @property
     def key(self) -> str:
         """Content identity, equal in every process for equal stages."""
-        text = json.dumps([self.kind, self.phase, self.tokens, self.config.to_dict()], sort_keys=True)
+        text = json.dumps([self.kind, self.phase, self.tokens, self.precision, self.config.to_dict()], sort_keys=True)
         return f"{self.kind}_{self.phase}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def export(self) -> ExportedProgram:
@@ -82,32 +85,47 @@ def cache_row_shapes(config: SLMConfig, layer: int) -> tuple[tuple[int, ...], tu
     return row, row
 
 
-def stage_uses(config: SLMConfig, phase: Phase, tokens: int) -> Iterator[StageUse]:
+def stage_uses(config: SLMConfig, phase: Phase, tokens: int, precision: Precision = "fp32") -> Iterator[StageUse]:
     """The stages of one phase in the order they run.
 
     Args:
         tokens: rows of a prefill; ignored (1) for decode.
+        precision: of the matrices.
     """
     tokens = 1 if phase == "decode" else tokens
-    spec = functools.partial(StageSpec, phase=phase, tokens=tokens)
+    spec = functools.partial(StageSpec, phase=phase, tokens=tokens, precision=precision)
     embed_config, head_config = _embed_config(config), _head_config(config)
     with torch.device("meta"):
         embed, head = Embed(embed_config), Head(head_config, None)
     tied = "embed.tokens.weight" if config.tie_embeddings else "head.weight"
-    yield StageUse(spec=spec(kind="embed", config=embed_config), layer=None, weights={n: f"embed.{n}" for n in _tensor_names(embed)})
-    blocks: dict[SLMConfig, list[str]] = {}
+    weights = _tensors(embed, precision, lambda name: f"embed.{name}")
+    yield StageUse(spec=spec(kind="embed", config=embed_config), layer=None, weights=weights)
+    blocks: dict[SLMConfig, nn.Module] = {}
     for i, shape in enumerate(config.layers()):
         block_config = _block_config(config, i)
         if block_config not in blocks:
-            blocks[block_config] = _tensor_names(SLM(block_config, device="meta").block(0))
-        weights = {}
-        for name in blocks[block_config]:
+            blocks[block_config] = SLM(block_config, device="meta").block(0)
+        index = {"attention": shape.attention_index, "ffn": shape.ffn_index}
+
+        def in_model(name: str, index: dict[str, int] = index) -> str:
             part, _, rest = name.partition(".")
-            index = shape.attention_index if part == "attention" else shape.ffn_index
-            weights[name] = f"{part}s.{index}.{rest}"
-        yield StageUse(spec=spec(kind="block", config=block_config), layer=i, weights=weights)
-    weights = {n: tied if n == "weight" else f"head.{n}" for n in _tensor_names(head)}
+            return f"{part}s.{index[part]}.{rest}"
+
+        yield StageUse(spec=spec(kind="block", config=block_config), layer=i, weights=_tensors(blocks[block_config], precision, in_model))
+    weights = _tensors(head, precision, lambda name: tied if name == "weight" else f"head.{name}")
     yield StageUse(spec=spec(kind="head", config=head_config), layer=None, weights=weights)
+
+
+def _tensors(module: nn.Module, precision: Precision, in_model: Callable[[str], str]) -> dict[str, str]:
+    """The names of a stage's tensors, each with its name in the model."""
+    quantised = set() if precision == "fp32" else set(quantised_names(module))
+    names: dict[str, str] = {}
+    for name in _tensor_names(module):
+        if name in quantised:
+            names |= zip(quantised_tensors(name, precision), quantised_tensors(in_model(name), precision), strict=True)
+        else:
+            names[name] = in_model(name)
+    return names
 
 
 def _tensor_names(module: nn.Module) -> list[str]:
@@ -224,6 +242,9 @@ def _export(spec: StageSpec) -> ExportedProgram:
         # A *args forward takes its dynamic shapes as one nested tuple after the named argument.
         rest = (*(None for _ in inputs[1:]), *({1: rows} for _ in caches))
         dynamic = (None, rest) if rest else (None,)
+    if spec.precision != "fp32":
+        module = QuantisedStage(module, spec.precision)
+        dynamic = ((dynamic[0], *dynamic[1]),) if isinstance(dynamic[-1], tuple) else (dynamic,)  # its inputs are all in *args
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch warns about its own internals here
         return export(module.eval(), args, dynamic_shapes=dynamic, strict=False)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from targets.cpu import Tuning
 from targets.measurement import Timing
 from targets.program import Step
 
@@ -9,8 +10,22 @@ MANIFEST, LIBRARY = "manifest.json", "program.so"
 """Files of a compiled program."""
 PRODUCT_SIZE = 384
 """Rows, columns and depth of the probe's product: large enough for full speed, small enough to stay in a cache."""
-READ_VALUES = 16 << 20
-"""float32 values of the probe's streaming read: 64 MiB, beyond any cache that a core has to itself."""
+READ_VALUES = 64 << 20
+"""float32 values of the probe's streaming read: 256 MiB, so that no cache holds a part worth mentioning."""
+VARIANT_SHAPE = (120, 512, 512)
+"""Rows, depth and columns of the product that tunings are tried on; 120 rows are whole tiles of every height tried."""
+ROW_VARIANT_SHAPE = (1, 1024, 16384)
+"""The same of a single row: 64 MiB of weights, read from memory."""
+
+
+def variant_name(tuning: Tuning) -> str:
+    """Name of the kernel that tries a register tile."""
+    return f"product_{tuning.tile_vectors}x{tuning.tile_rows}_{tuning.unroll}"
+
+
+def row_variant_name(tuning: Tuning) -> str:
+    """Name of the kernel that tries a way to take a single row."""
+    return f"row_{tuning.tile_vectors}_{tuning.row_tiles}_{tuning.row_unroll}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,26 +3,30 @@
 The measuring child holds nothing but TVM's runtime, since another library's threads would spin and slow it.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from targets.cpu import Cpu
+from targets.cpu import Cpu, Tuning
 from targets.job import MANIFEST, PRODUCT_SIZE, READ_VALUES, Job
 from targets.measurement import Measurement, Timing
 from targets.program import Program, Sample
+from targets.quiet import measuring, resting, working
 from targets.spec import DeviceSpec
 from targets.target import TargetError
 from targets.worker import Worker, WorkerError
 
 COMPILE_TIMEOUT_S = 600.0
 _DETECT_TIMEOUT_S = 180.0
-_PROBE_FORMAT = 1
+_PROBE_FORMAT = 3
 """Counts up when the probe's kernels or the way they are timed change."""
 
 
@@ -41,9 +45,12 @@ class LocalTarget:
         assert self._cache is not None
         self._cache.mkdir(parents=True, exist_ok=True)
         self._spec: DeviceSpec | None = None
+        self._cpu: Cpu | None = None
         cores = spec.cores or len(os.sched_getaffinity(0))
         quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._compiler = Worker(quiet)
+        self._compiling = threading.Lock()
+        self._compiling_process: int | None = None
         # TVM imports PyTorch wherever it is installed, and its threads with it.
         self._runner = Worker({**quiet, "TVM_NUM_THREADS": str(cores), "TVM_USE_RUNTIME_LIB": "1"}, without=("torch",))
         self._cores = cores
@@ -59,27 +66,23 @@ class LocalTarget:
     @property
     def cpu(self) -> Cpu:
         """What the schedules need to know."""
-        return _cpu(self.spec)
+        assert self.spec, "detected at the first use"
+        assert self._cpu is not None
+        return self._cpu
 
     def compile(self, program: Program, out_dir: Path) -> Path:
-        """Compiles in the compile worker.
+        """Compiles in the compile worker; may be called from another thread than the rest.
 
         Raises:
-            TargetError: if the compiler fails, crashes or takes too long.
+            TargetError: if the compiler fails, crashes, takes too long, or the target is closed meanwhile.
         """
-        return Path(
-            self._ask(
-                self._compiler,
-                "compiling",
-                COMPILE_TIMEOUT_S,
-                "targets.tvm_compile:compile_program",
-                program,
-                self._llvm(self.spec),
-                self.cpu,
-                self._cache,
-                out_dir,
-            )
-        )
+        arguments = (program, self._llvm(self.spec), self.cpu, self._cache, out_dir)
+        with self._compiling:
+            try:
+                self._compiling_process = self._ask(self._compiler, "compiling", _DETECT_TIMEOUT_S, "os:getpid")
+                return Path(self._compile("compiling", COMPILE_TIMEOUT_S, "targets.tvm_compile:compile_program", *arguments))
+            finally:
+                self._compiling_process = None
 
     def measure(self, artifact: Path, sample: Sample, timing: Timing) -> Measurement:
         """Checks, then times, in the measuring worker.
@@ -91,11 +94,12 @@ class LocalTarget:
         best_s = self._reference_best_s or 2.0 * PRODUCT_SIZE**3 / spec.flops_per_s
         with tempfile.TemporaryDirectory(prefix="sample-", dir=artifact.parent) as folder:
             path = Path(folder) / "sample.safetensors"
-            sample.write(path)
+            with working():
+                sample.write(path)
             job = Job(
                 artifact=str(artifact),
                 sample=str(path),
-                probe=str(self._probe(spec)),
+                probe=str(self._probe(spec, self.cpu)),
                 reference=(PRODUCT_SIZE, self.cpu.tile_columns),
                 reference_best_s=best_s,
                 steps=sample.steps,
@@ -103,7 +107,8 @@ class LocalTarget:
                 tolerance=sample.tolerance,
                 timing=timing,
             )
-            record = self._ask(self._runner, "measuring", timing.timeout_s, "targets.tvm_run:run_job", job)
+            with measuring() as quiet:
+                record = self._ask(self._runner, "measuring", timing.timeout_s, "targets.tvm_run:run_job", job)
         self._reference_best_s = min(best_s, *record["reference_s"])
         manifest = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
         return Measurement(
@@ -116,11 +121,18 @@ class LocalTarget:
             packed_bytes=record["packed_bytes"],
             errors=record["errors"],
             attempts=record["attempts"],
+            quiet=quiet,
+            profile=record["profile"],
         )
 
     def close(self) -> None:
-        """Ends both workers."""
-        self._compiler.close()
+        """Ends both workers, also in the middle of a compile that another thread waits for."""
+        process = self._compiling_process
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
+        with self._compiling:  # until that thread has let go of the worker
+            self._compiler.close()
         self._runner.close()
         if self._temporary:
             self._temporary.cleanup()
@@ -129,19 +141,22 @@ class LocalTarget:
 
     def _complete(self) -> DeviceSpec:
         # Asked anew in every session: a cache folder may have come from another machine.
-        detected = self._ask(self._compiler, "detecting the processor", _DETECT_TIMEOUT_S, "targets.tvm_probe:detect")
+        detected = self._compile("detecting the processor", _DETECT_TIMEOUT_S, "targets.tvm_probe:detect")
         declared = self._declared
         spec = dataclasses.replace(
             declared,
             triple=declared.triple or detected["triple"],
             cpu=declared.cpu or detected["cpu"],
             vector_bytes=declared.vector_bytes or detected["vector_bytes"],
+            dot=detected["dot"] if declared.dot is None else declared.dot,
             cores=self._cores,
             memory_bytes=declared.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         )
+        untuned = _cpu(spec)
+        self._cpu = dataclasses.replace(untuned, tuned=self._tuning(spec, untuned))
         if spec.flops_per_s and spec.read_bytes_per_s:
             return spec
-        best = self._best(spec, self._ceilings(spec))
+        best = self._best(spec, self._ceilings(spec, self._cpu))
         return dataclasses.replace(
             spec,
             flops_per_s=spec.flops_per_s or best["flops_per_s"],
@@ -156,10 +171,26 @@ class LocalTarget:
         except (OSError, ValueError, AttributeError, TypeError):
             kept = {}
         best = {name: max(value, kept.get(name, 0.0)) for name, value in seen.items()}
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump(best, file)
-        Path(file.name).replace(path)
+        _write_json(path, best)
         return best
+
+    def _tuning(self, spec: DeviceSpec, cpu: Cpu) -> Tuning:
+        """The small choices that were fastest here, tried at the first use of a processor and kept in the cache."""
+        path = self._file("tuning", spec, "json")
+        try:
+            kept = Tuning(**json.loads(path.read_text(encoding="utf-8")))
+            if kept in [row for tuning in cpu.variants() for row in cpu.row_variants(tuning)]:
+                return kept
+        except (OSError, ValueError, TypeError):
+            pass
+        assert self._cache is not None
+        with tempfile.TemporaryDirectory(dir=self._cache) as folder:
+            library = Path(folder) / "variants.so"
+            self._compile("compiling variants", _DETECT_TIMEOUT_S, "targets.tvm_probe:compile_variants", self._llvm(spec), cpu, library)
+            with measuring():
+                tuning: Tuning = self._ask(self._runner, "tuning", _DETECT_TIMEOUT_S, "targets.tvm_tune:best_tuning", str(library), cpu)
+        _write_json(path, dataclasses.asdict(tuning))
+        return tuning
 
     def _file(self, what: str, spec: DeviceSpec, suffix: str) -> Path:
         """A file of the cache that holds for this processor, compiler and way of measuring."""
@@ -167,25 +198,25 @@ class LocalTarget:
         version = importlib.metadata.version("apache-tvm")
         return self._cache / f"{what}-{_PROBE_FORMAT}-tvm{version}-{spec.cpu}-{spec.cores}x{spec.vector_bytes}.{suffix}"
 
-    def _ceilings(self, spec: DeviceSpec) -> dict[str, float]:
-        cpu = _cpu(spec)
-        result: dict[str, float] = self._ask(
-            self._runner, "measuring the ceilings", _DETECT_TIMEOUT_S, "targets.tvm_run:ceilings",
-            str(self._probe(spec)), PRODUCT_SIZE, cpu.tile_columns, READ_VALUES, 2 * cpu.cores, 4 * cpu.lanes,
-        )  # fmt: skip
+    def _ceilings(self, spec: DeviceSpec, cpu: Cpu) -> dict[str, float]:
+        probe = str(self._probe(spec, cpu))
+        with measuring():
+            result: dict[str, float] = self._ask(
+                self._runner, "measuring the ceilings", _DETECT_TIMEOUT_S, "targets.tvm_run:ceilings",
+                probe, PRODUCT_SIZE, cpu.tile_columns, READ_VALUES, 2 * cpu.cores, 4 * cpu.lanes,
+            )  # fmt: skip
         return result
 
-    def _probe(self, spec: DeviceSpec) -> Path:
-        path = self._file("probe", spec, "so")
+    def _probe(self, spec: DeviceSpec, cpu: Cpu) -> Path:
+        path = self._file(f"probe{cpu.tile_columns}", spec, "so")
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=self._cache) as folder:
-                made = self._ask(
-                    self._compiler,
+                made = self._compile(
                     "compiling the probe",
                     _DETECT_TIMEOUT_S,
                     "targets.tvm_probe:compile_probe",
                     self._llvm(spec),
-                    _cpu(spec),
+                    cpu,
                     Path(folder) / "probe.so",
                 )
                 Path(made).replace(path)
@@ -197,6 +228,11 @@ class LocalTarget:
         target: dict[str, Any] = {"kind": "llvm", "mtriple": spec.triple, "mcpu": spec.cpu, "num-cores": spec.cores, "fast-math": True}
         return target | ({"mattr": list(spec.features)} if spec.features else {})
 
+    def _compile(self, what: str, timeout_s: float, function: str, *args: Any) -> Any:
+        """Has the compile worker do something, as work that no measurement of this machine runs beside."""
+        with resting():
+            return self._ask(self._compiler, what, timeout_s, "targets.quiet:at_work", function, *args)
+
     @staticmethod
     def _ask(worker: Worker, what: str, timeout_s: float, function: str, *args: Any) -> Any:
         try:
@@ -205,7 +241,19 @@ class LocalTarget:
             raise TargetError(f"{what} failed: {error}") from None
 
 
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        json.dump(values, file)
+    Path(file.name).replace(path)
+
+
 def _cpu(spec: DeviceSpec) -> Cpu:
-    wide = spec.vector_bytes >= 64
-    arm = (spec.triple or "").startswith(("aarch64", "arm64"))
-    return Cpu(vector_bytes=spec.vector_bytes, registers=32 if wide or arm else 16, cores=spec.cores)
+    riscv = (spec.triple or "").startswith("riscv")
+    many = riscv or spec.vector_bytes >= 64 or (spec.triple or "").startswith(("aarch64", "arm64"))
+    return Cpu(
+        vector_bytes=spec.vector_bytes,
+        registers=32 if many else 16,
+        cores=spec.cores,
+        dot=spec.dot or "",
+        halves=not riscv or "+zvfhmin" in spec.features,
+    )

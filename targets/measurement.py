@@ -22,6 +22,7 @@ class Timing:
         budget_s: once this long has been timed, five repeats are enough.
         timeout_s: most seconds for the whole job, checks included.
         retries: how often a noisy measurement is taken again.
+        profile_share: how long to run for the profile afterwards, as a share of the seconds that the timing took.
     """
 
     repeats: int = 15
@@ -30,6 +31,7 @@ class Timing:
     budget_s: float = 3.0
     timeout_s: float = 300.0
     retries: int = 2
+    profile_share: float = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,9 @@ class Measurement:
         packed_bytes: counted bytes of the weights in the device's layout.
         errors: largest error of each checked function, relative to the largest expected magnitude.
         attempts: how many times the timing was taken until it was quiet.
+        quiet: whether all other work of ours on the machine had stopped (`targets.quiet.measuring`); None if nobody can tell.
+        profile: seconds per call of each function in the kernels of each operator, measured apart from `times_s`, which cover
+            what passes between kernels, too; None if the device cannot tell.
     """
 
     device: str
@@ -58,6 +63,8 @@ class Measurement:
     packed_bytes: int
     errors: Mapping[str, float]
     attempts: int = 1
+    quiet: bool | None = None
+    profile: Mapping[str, Mapping[str, float]] | None = None
 
     def median_s(self, function: str) -> float:
         """Median seconds of a call."""

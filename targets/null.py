@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 
 from targets.measurement import Measurement, Timing
-from targets.program import Function, Program, Sample
+from targets.program import Function, Program, Sample, TensorSpec
 from targets.spec import DeviceSpec
 
 
@@ -39,9 +39,8 @@ class NullTarget:
         for name, (_, rows) in sample.timed.items():
             work = counted["functions"][name]
             read_bytes = work["weight_bytes"] + rows * work["state_row_bytes"]
-            seconds = 1e-6 + max(
-                read_bytes / self._spec.read_bytes_per_s, 2 * work["rows"] * work["weight_bytes"] / 4 / self._spec.flops_per_s
-            )
+            operations = 2 * work["rows"] * work["weight_values"]
+            seconds = 1e-6 + max(read_bytes / self._spec.read_bytes_per_s, operations / self._spec.flops_per_s)
             times[name] = (seconds,) * timing.repeats
         return Measurement(
             device=self._spec.name,
@@ -58,15 +57,18 @@ class NullTarget:
 
     @staticmethod
     def _count(program: Program, function: Function) -> dict[str, int]:
-        first = next(iter(function.inputs.values()))
-        rows = math.prod(d for d in first.shape if isinstance(d, int))
-        weights = [name for call in function.calls for name in call.weights.values()]
-        state_rows = [
-            math.prod(d for d in spec.shape if isinstance(d, int)) * 4 for name, spec in program.state.items() if name in function.inputs
-        ]
+        rows = _values(next(iter(function.inputs.values())))
+        weights = [program.weights[name] for call in function.calls for name in call.weights.values()]
+        state_rows = [_values(spec) * 4 for name, spec in program.state.items() if name in function.inputs]
         return {
             "rows": rows,
-            "weight_bytes": sum(program.weights[name].nbytes for name in weights),
+            "weight_bytes": sum(weight.nbytes for weight in weights),
+            "weight_values": sum(map(_values, weights)),
             "state_row_bytes": sum(state_rows),
             "workspace_bytes": rows * 4096,
         }
+
+
+def _values(spec: TensorSpec) -> int:
+    """Elements of a tensor, in one row if the number of rows varies."""
+    return math.prod(d for d in spec.shape if isinstance(d, int))

@@ -5,7 +5,7 @@ demand; equal keys mean equal stages, so that one compile serves every program t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ Shape = tuple[int | str, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """Shape and dtype (numpy's name) of a tensor."""
+    """Shape and dtype (NumPy's name, or "int4" for two values a byte, handed over as int8) of a tensor."""
 
     shape: Shape
     dtype: str = "float32"
@@ -33,8 +33,8 @@ class TensorSpec:
 
         sizes = [d for d in self.shape if isinstance(d, int)]
         assert len(sizes) == len(self.shape), f"{self.shape} has a varying size"
-        width = {"float32": 4, "float16": 2, "int64": 8, "int32": 4, "int8": 1}[self.dtype]
-        return math.prod(sizes) * width
+        bits = {"float32": 32, "float16": 16, "int64": 64, "int32": 32, "int8": 8, "int4": 4}[self.dtype]
+        return -(-math.prod(sizes) * bits // 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +59,14 @@ class Call:
 
     Attributes:
         weights: the stage's own parameter and buffer names -> names in `Program.weights`.
+        operators: the same names -> what a profile calls the part of the computation that uses them.
     """
 
     stage: str
     inputs: tuple[str, ...]
     weights: dict[str, str]
     outputs: tuple[str, ...]
+    operators: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,7 @@ class DeviceSpec:
         triple, cpu, features: LLVM's names for the processor; None: detected.
         cores: hardware threads to use; 0: detected.
         vector_bytes: width of a SIMD register; 0: detected.
+        dot: byte dot products it has: "vnni" (x86), "sdot" (ARM) or "" for none; None: detected.
         memory_bytes: memory a model may use; 0: detected.
         read_bytes_per_s, flops_per_s: measured ceilings (streaming reads, fp32 matrix product); 0: not measured yet.
     """
@@ -37,6 +38,7 @@ class DeviceSpec:
     features: tuple[str, ...] = ()
     cores: int = 0
     vector_bytes: int = 0
+    dot: Literal["", "vnni", "sdot"] | None = None
     memory_bytes: int = 0
     read_bytes_per_s: float = 0.0
     flops_per_s: float = 0.0
@@ -72,6 +74,8 @@ class DeviceSpec:
         for key in ("name", "description", "triple", "cpu"):
             if values.get(key) is not None and not isinstance(values[key], str):
                 raise InvalidDevice(f"{source}: {key}={values[key]!r} is not a text; correct it")
+        if values.get("dot") not in (None, "", "vnni", "sdot"):
+            raise InvalidDevice(f"{source}: dot={values['dot']!r} is not one of vnni, sdot or empty; correct it or leave it out")
         features = values.get("features", ())
         if not isinstance(features, list | tuple) or not all(isinstance(feature, str) for feature in features):
             raise InvalidDevice(f"{source}: features={features!r} is not a list of texts; correct it")

@@ -1,7 +1,7 @@
 """The compile job: a `Program` -> one shared library with a Relax VM executable, and its manifest.
 
-Runs in a worker process. Each distinct stage is exported, imported, fused and scheduled once (`lower_stage`);
-a program is linked from lowered stages and only then lowered to bytecode and machine code.
+Runs in a worker process. Each distinct stage is exported, imported, fused and scheduled, and its kernels compiled, once for all
+programs (`compile_stage`); a program is linked from compiled stages, and only what calls their kernels is compiled with it.
 """
 
 import json
@@ -15,7 +15,10 @@ import tvm
 from tvm import relax, tirx
 from tvm.relax import transform
 
+from targets.compile_cache import CompileCache
+from targets.compiled_stage import CompiledStage, TensorForm, emit_stage, stage_steps, tensor_type
 from targets.cpu import Cpu
+from targets.forked import in_parallel
 from targets.job import LIBRARY, MANIFEST
 from targets.kernels import KernelCache
 from targets.layout import Layout
@@ -23,7 +26,13 @@ from targets.link import link_shared
 from targets.program import Function, Program, Stage, TensorSpec
 from targets.schedules.legalize import legalization
 from targets.schedules.rules import schedule_module
+from targets.stage_cache import StageCache
 from targets.tvm_import import import_stage
+from targets.tvm_operators import call_operators, weight_uses
+
+_FORMAT = 3
+"""Counts up when what is kept of stages or kernels, or the way kernels are built, changes."""
+_EMPTY = "edgewise_empty"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,29 +49,35 @@ def compile_program(program: Program, llvm: Mapping[str, Any], cpu: Cpu, cache_d
     Args:
         llvm: the TVM target, as its dict form.
         cpu: what the schedules need to know.
-        cache_dir: where compiled kernels are kept.
+        cache_dir: where compiled stages and kernels are kept.
 
     Raises:
         Exception: whatever the compiler raises; the caller reports it.
     """
-    target = tvm.target.Target(dict(llvm))
     out_dir.mkdir(parents=True, exist_ok=True)
+    files = CompileCache(cache_dir, {"format": _FORMAT, "tvm": tvm.__version__, "target": dict(llvm)})
+    kernels = KernelCache(files, llvm)
+    target = tvm.target.Target(dict(llvm))
+    cache = StageCache(files, kernels, cpu)
     with target:
-        lowered = {key: lower_stage(stage, cpu) for key, stage in program.stages.items()}
-        module, weights = link_program(program, lowered)
+        stages = compiled_stages(program, cpu, kernels, cache)
+        module, weights = link_program(program, stages)
         module, workspace = _plan(module)
-        module, kernels = _split_kernels(module)
-        cache = KernelCache(cache_dir / "kernels", llvm)
-        objects = [cache.object_file(kernel) for kernel in kernels]
         executable = tvm.compile(module, target, relax_pipeline=_bytecode())
-    link_shared(executable, out_dir / LIBRARY, objects)
-    cache.trim()
+        symbols = dict.fromkeys(symbol for stage in stages.values() for symbol in stage.symbols)
+        if not all(kernels.find(symbol) for symbol in symbols):  # somebody has emptied the cache
+            compiled_stages(program, cpu, kernels, cache)
+    link_shared(executable, out_dir / LIBRARY, [path for symbol in symbols if (path := kernels.find(symbol))])
     manifest = {
         "functions": {name: _function_manifest(f, program) for name, f in program.functions.items()},
         "weights": [[name, layout.to_json()] for name, layout in weights],
         "state": {name: [list(spec.shape), spec.dtype] for name, spec in program.state.items()},
         "rows": program.bounds["C"],
         "workspace_bytes": workspace,
+        "operators": {
+            name: call_operators(module[name], weight_uses(function, {key: stage.weights for key, stage in stages.items()}, weights))
+            for name, function in program.functions.items()
+        },
         "target": dict(llvm),
         "tvm": tvm.__version__,
     }
@@ -80,7 +95,7 @@ def _function_manifest(function: Function, program: Program) -> dict[str, Any]:
 
 def lower_stage(stage: Stage, cpu: Cpu) -> LoweredStage:
     """Exports, imports, legalises, fuses and schedules one stage."""
-    imported = import_stage(stage.export(), cpu.tile_columns)
+    imported = import_stage(stage.export(), cpu)
     module = tvm.transform.Sequential(
         [
             transform.LegalizeOps(legalization()),
@@ -88,98 +103,81 @@ def lower_stage(stage: Stage, cpu: Cpu) -> LoweredStage:
             transform.FoldConstant(),
             transform.FuseOps(),
             transform.FuseTIR(),
+            transform.RewriteDataflowReshape(),  # before scheduling hides that a kernel only copies
             transform.DeadCodeElimination(),
         ]
     )(imported.module)
     return LoweredStage(module=schedule_module(module, cpu), weights=imported.weights)
 
 
-def link_program(program: Program, lowered: Mapping[str, LoweredStage]) -> tuple[Any, list[tuple[str, Layout]]]:
-    """One module whose functions call their stages; also which weights, in which layout, they take.
+def compiled_stages(program: Program, cpu: Cpu, kernels: KernelCache, cache: StageCache) -> dict[str, CompiledStage]:
+    """Every stage of the program, the new ones compiled now on all processors; their kernels are in the cache, too."""
+    found = {key: cache.find(stage) for key, stage in program.stages.items()}
+    missing = [program.stages[key] for key, stage in found.items() if stage is None]
+    if len(missing) > 1:
+        in_parallel(lambda stage: compile_stage(stage, cpu, kernels, cache), missing)
+    return {
+        key: stage or cache.find(program.stages[key]) or compile_stage(program.stages[key], cpu, kernels, cache)
+        for key, stage in found.items()
+    }
+
+
+def compile_stage(stage: Stage, cpu: Cpu, kernels: KernelCache, cache: StageCache) -> CompiledStage:
+    """Compiles a stage and its kernels, and keeps them."""
+    lowered = lower_stage(stage, cpu)
+    functions = {var: f for var, f in lowered.module.functions.items() if isinstance(f, tirx.PrimFunc)}
+    for function in functions.values():
+        kernels.object_file(function)
+    symbols = {var: kernels.symbol(f) for var, f in functions.items()}
+    compiled = stage_steps(lowered.module["main"], symbols, lowered.weights)
+    cache.add(stage, compiled)
+    return compiled
+
+
+def link_program(program: Program, stages: Mapping[str, CompiledStage]) -> tuple[Any, list[tuple[str, Layout]]]:
+    """One module whose functions call their stages' kernels; also which weights, in which layout, they take.
 
     Every function takes its inputs, its state, and one tuple of all weights.
     """
-    builder = relax.BlockBuilder()
     sizes = {name: tirx.Var(name, "int64") for name in program.bounds}
-    bodies = {key: _add_stage(builder, stage.module, sizes) for key, stage in lowered.items()}
-    weights: dict[tuple[str, Layout], tuple[int, Any]] = {}
+    weights: dict[tuple[str, Layout], TensorForm] = {}
     for function in program.functions.values():
         for call in function.calls:
-            stage = lowered[call.stage]
-            params = stage.module["main"].params[-len(stage.weights) :] if stage.weights else []
-            for (local, layout), var in zip(stage.weights, params, strict=True):
-                weights.setdefault((call.weights[local], layout), (len(weights), var.ty))
-    tuple_type = relax.TupleType([ty for _, ty in weights.values()])
+            stage = stages[call.stage]
+            for (local, layout), form in zip(stage.weights, stage.weight_forms, strict=True):
+                weights.setdefault((call.weights[local], layout), form)
+    builder = relax.BlockBuilder()
     for function in program.functions.values():
-        _add_function(builder, program, function, lowered, bodies, weights, tuple_type, sizes)
+        _add_function(builder, program, function, stages, weights, sizes)
+    # One empty kernel makes the executable a library.
+    empty = tirx.PrimFunc([], tirx.Evaluate(tirx.const(0, "int32"))).with_attr("global_symbol", _EMPTY)
+    builder.add_func(empty, _EMPTY)
     return builder.finalize(), list(weights)
-
-
-@relax.expr_functor.mutator
-class _Substitute(relax.PyExprMutator):  # type: ignore[misc]
-    """Replaces variables and kernel names."""
-
-    def __init__(self, variables: dict[Any, Any], kernels: dict[Any, Any]) -> None:
-        super().__init__()
-        self.variables, self.kernels = variables, kernels
-
-    def visit_var_(self, op: Any) -> Any:
-        return self.variables.get(op, op)
-
-    def visit_dataflow_var_(self, op: Any) -> Any:
-        return self.variables.get(op, op)
-
-    def visit_global_var_(self, op: Any) -> Any:
-        return self.kernels.get(op, op)
-
-
-def _add_stage(builder: Any, module: Any, sizes: Mapping[str, Any]) -> Any:
-    """Adds a stage's kernels (the same kernel of two stages once); returns its function on those kernels.
-
-    Its varying size becomes the program's, so that memory is planned for the program's bound.
-    """
-    kernels = {var: builder.add_func(f, var.name_hint) for var, f in module.functions.items() if isinstance(f, tirx.PrimFunc)}
-    function = _Substitute({}, kernels).visit_expr(module["main"])
-    varying = relax.analysis.defined_symbolic_vars(function)
-    if varying:
-        (var,), (size,) = varying, sizes.values()  # one varying size is all that a program has
-        function = function.bind_symbolic_vars({var: size})
-    return function
-
-
-def _inline(builder: Any, function: Any, arguments: list[Any]) -> list[Any]:
-    """Emits the body of a stage on the given arguments; returns its results."""
-    substitute = _Substitute(dict(zip(function.params, arguments, strict=True)), {})
-    for block in function.body.blocks:
-        for binding in block.bindings:
-            substitute.variables[binding.var] = builder.emit(substitute.visit_expr(binding.value))
-    result = substitute.variables[function.body.body]
-    return list(builder.lookup_binding(result).fields)
 
 
 def _add_function(
     builder: Any,
     program: Program,
     function: Function,
-    lowered: Mapping[str, LoweredStage],
-    bodies: Mapping[str, Any],
-    weights: Mapping[tuple[str, Layout], tuple[int, Any]],
-    tuple_type: Any,
+    stages: Mapping[str, CompiledStage],
+    weights: Mapping[tuple[str, Layout], TensorForm],
     sizes: Mapping[str, Any],
 ) -> None:
+    varying = next(iter(sizes.values()), None)  # one varying size is all that a program has
+    places = {weight: place for place, weight in enumerate(weights)}
     params = {name: relax.Var(_identifier(name), _type(spec, sizes)) for name, spec in function.inputs.items()}
-    pack = relax.Var("weights", tuple_type)
+    pack = relax.Var("weights", relax.TupleType([tensor_type(form, varying) for form in weights.values()]))
     attrs = {"global_symbol": function.name, "tir_var_upper_bound": dict(program.bounds)}
     with builder.function(function.name, [*params.values(), pack], attrs=attrs):
         with builder.dataflow():
             values = dict(params)
             for call in function.calls:
-                stage = lowered[call.stage]
+                stage = stages[call.stage]
                 arguments = [values[name] for name in call.inputs]
                 arguments += [
-                    builder.emit(relax.TupleGetItem(pack, weights[call.weights[local], layout][0])) for local, layout in stage.weights
+                    builder.emit(relax.TupleGetItem(pack, places[call.weights[local], layout])) for local, layout in stage.weights
                 ]
-                values |= zip(call.outputs, _inline(builder, bodies[call.stage], arguments), strict=True)
+                values |= zip(call.outputs, emit_stage(builder, stage, arguments, varying), strict=True)
             result = builder.emit_output(relax.Tuple([values[name] for name in function.outputs]))
         builder.emit_func_output(result)
 
@@ -197,7 +195,6 @@ def _plan(module: Any) -> tuple[Any, dict[str, int]]:
     module = tvm.transform.Sequential(
         [
             transform.DeadCodeElimination(),
-            transform.RewriteDataflowReshape(),
             transform.ToNonDataflow(),
             transform.RemovePurityChecking(),
             transform.CallTIRRewrite(),
@@ -224,16 +221,6 @@ def _storage_bytes(function: Any) -> int:
 
     relax.analysis.post_order_visit(function.body, visit)
     return total
-
-
-def _split_kernels(module: Any) -> tuple[Any, list[Any]]:
-    """The functions, calling kernels by symbol, and the distinct kernels; one empty kernel makes it a library."""
-    symbols = {var: KernelCache.symbol(f) for var, f in module.functions.items() if isinstance(f, tirx.PrimFunc)}
-    kernels = {symbol: module[var] for var, symbol in symbols.items()}
-    substitute = _Substitute({}, {var: relax.ExternFunc(symbol) for var, symbol in symbols.items()})
-    functions = {var: substitute.visit_expr(f) for var, f in module.functions.items() if isinstance(f, relax.Function)}
-    empty = tirx.PrimFunc([], tirx.Evaluate(tirx.const(0, "int32"))).with_attr("global_symbol", "edgewise_empty")
-    return tvm.IRModule({**functions, tvm.ir.GlobalVar("edgewise_empty"): empty}), list(kernels.values())
 
 
 def _bytecode() -> Any:

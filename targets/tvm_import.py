@@ -5,6 +5,7 @@ packed ahead of time, and the packing is recorded as a `Layout`) and which is a 
 in place, never copied). Every other operator goes through TVM's own importer and legalisation.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +15,15 @@ import numpy as np
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from tvm import relax, sym, te, tirx
+from tvm import relax, sym, te
 from tvm.relax.frontend.torch import from_exported_program
 
-from targets.layout import Layout, packed_shape
+from targets.cpu import Cpu
+from targets.layout import Layout
+from targets.schedules.attention import causal_attention
+from targets.schedules.decode_attention import cached_attention, latent_attention
+from targets.schedules.dot import can_dot, dot_product
+from targets.schedules.weights import WeightSpec, packed_gather, packed_product
 
 _VIEWS = ("view.default", "reshape.default", "transpose.int", "permute.default", "t.default")
 
@@ -35,8 +41,8 @@ class ImportedStage:
     weights: tuple[tuple[str, Layout], ...]
 
 
-def import_stage(program: ExportedProgram, tile: int) -> ImportedStage:
-    """Imports a stage; `tile` is the number of output columns a packed weight holds together.
+def import_stage(program: ExportedProgram, cpu: Cpu) -> ImportedStage:
+    """Imports a stage for a processor.
 
     Raises:
         Exception: whatever TVM's importer raises on an operator it does not know.
@@ -45,7 +51,7 @@ def import_stage(program: ExportedProgram, tile: int) -> ImportedStage:
         if spec.kind is InputKind.BUFFER:
             spec.kind = InputKind.PARAMETER  # TVM's importer bakes buffers into the program as constants
     names = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.kind is InputKind.PARAMETER}
-    converter = _Converter(names, tile)
+    converter = _Converter(names, cpu)
     module = from_exported_program(
         program,
         keep_params_as_input=True,
@@ -85,11 +91,21 @@ def _used_vars(function: Any) -> set[Any]:
     return used
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weight:
+    """A weight in the exported program: names of its values and scales, views of it, its bits, its scales per row."""
+
+    names: tuple[str, ...]
+    views: tuple[tuple[str, tuple[int, ...]], ...]
+    bits: int
+    groups: int
+
+
 class _Converter:
     """Converters for the operators that are ours, with the packed weights they ask for."""
 
-    def __init__(self, names: dict[str, str | None], tile: int) -> None:
-        self.names, self.tile = names, tile
+    def __init__(self, names: dict[str, str | None], cpu: Cpu) -> None:
+        self.names, self.cpu = names, cpu
         self.packed: dict[tuple[str, Layout], tuple[Any, str, Layout]] = {}
 
     def table(self) -> dict[str, Callable[[fx.Node, Any], Any]]:
@@ -99,20 +115,29 @@ class _Converter:
             "rms_norm.default": self.rms_norm,
             "layer_norm.default": self.layer_norm,
             "scaled_dot_product_attention.default": self.attention,
+            "cached_attention.default": self.cached_attention,
+            "latent_attention.default": self.latent_attention,
             "transpose.int": self.transpose,
             "slice.Tensor": self.slice,
-            "embedding.default": lambda node, importer: self.gather(node, importer, _args(node)[1]),
+            "dequantise.default": lambda node, importer: None,  # what uses it takes the weight as it is
+            "embedding.default": self.embedding,
             "index.Tensor": lambda node, importer: self.gather(node, importer, *_args(node)[1]),
         }
 
     # --- weights ----------------------------------------------------------------------------
 
-    def _weight(self, node: fx.Node) -> tuple[str, tuple[tuple[str, tuple[int, ...]], ...]] | None:
-        """The weight that a node is a view of, and the views in order; None for anything computed."""
+    def _weight(self, node: fx.Node) -> _Weight | None:
+        """The weight that a node is a view of, in however many bits; None for anything computed."""
         views: list[tuple[str, tuple[int, ...]]] = []
         while node.op == "call_function":
             target = getattr(node.target, "__name__", "")
             source = _args(node)[0]
+            if target == "dequantise.default":
+                assert not views, f"{node.name}: a quantised weight is used as it is"
+                _, scales, bits = _args(node)
+                groups = 0 if scales is None else int(scales.meta["val"].shape[1])
+                parts = (source,) if scales is None else (source, scales)
+                return _Weight(names=tuple(str(self.names[part.name]) for part in parts), views=(), bits=bits, groups=groups)
             if target not in _VIEWS or not isinstance(source, fx.Node):
                 return None
             if target in ("view.default", "reshape.default"):
@@ -121,33 +146,61 @@ class _Converter:
                 views.append(("transpose", _permutation(node)))
             node = source
         name = self.names.get(node.name)
-        return None if name is None else (name, tuple(reversed(views)))
+        return None if name is None else _Weight(names=(name,), views=tuple(reversed(views)), bits=32, groups=0)
 
-    def _pack(self, name: str, views: tuple[tuple[str, tuple[int, ...]], ...], rows: int, columns: int) -> Any:
-        """The packed form of a weight of `rows` outputs by `columns` inputs, as a new argument."""
-        layout = Layout(views=views, tile=self.tile)
-        key = (name, layout)
-        if key not in self.packed:
-            shape = packed_shape(rows, columns, self.tile)
-            self.packed[key] = (relax.Var(f"w{len(self.packed)}_packed", relax.TensorType(shape, "float32")), name, layout)
-        return self.packed[key][0]
+    def _pack(self, node: fx.Node) -> tuple[WeightSpec, list[Any]]:
+        """A weight (outputs, inputs) packed for kernels, as new arguments: values, then scales if there are any."""
+        weight = self._weight(node)
+        assert weight is not None, f"{node.name}: the weight of a product or table is a parameter"
+        rows, columns = node.meta["val"].shape
+        spec = WeightSpec(
+            rows=rows,
+            columns=columns,
+            tile=self.cpu.tile_columns,
+            bits=weight.bits,
+            groups=weight.groups,
+            halves=self.cpu.halves,
+        )
+        variables = []
+        for name, layout, shape in zip(weight.names, spec.layouts(weight.views), spec.shapes, strict=True):
+            if (name, layout) not in self.packed:
+                var = relax.Var(f"w{len(self.packed)}_packed", relax.TensorType(shape, layout.dtype))
+                self.packed[name, layout] = (var, name, layout)
+            variables.append(self.packed[name, layout][0])
+        return spec, variables
+
+    def _transposed(self, node: fx.Node, order: tuple[int, ...]) -> Any:
+        """A float32 weight with its axes permuted, as a new argument."""
+        name, layout = str(self.names[node.name]), Layout(views=(("transpose", order),))
+        if (name, layout) not in self.packed:
+            shape = [int(node.meta["val"].shape[axis]) for axis in order]
+            self.packed[name, layout] = (relax.Var(f"w{len(self.packed)}_packed", relax.TensorType(shape, layout.dtype)), name, layout)
+        return self.packed[name, layout][0]
 
     # --- operators ----------------------------------------------------------------------------
 
     def linear(self, node: fx.Node, importer: Any) -> Any:
         x, weight, bias, *_ = (*_args(node), None)
-        found = self._weight(weight)
-        assert found is not None, "a linear layer's weight is a parameter"
-        columns, rows = weight.meta["val"].shape[1], weight.meta["val"].shape[0]
-        packed = self._pack(*found, rows, columns)
+        spec, packed = self._pack(weight)
         builder = importer.block_builder
-        out = builder.emit_te(_packed_product, importer.env[x], packed, rows, primfunc_name_hint="packed_product")
+        if can_dot(spec, self.cpu, tuple(x.meta["val"].shape)):
+            var = builder.add_func(dot_product(spec, self.cpu), "dot_product")
+            padded = relax.TensorType((1, 1, spec.tiles * spec.tile), "float32")
+            out = builder.emit(relax.call_tir(var, [importer.env[x], *packed], padded))
+            if spec.tiles * spec.tile != spec.rows:
+                out = builder.emit_te(_crop, out, spec.rows, primfunc_name_hint="cropped")
+        else:
+            out = builder.emit_te(functools.partial(packed_product, spec), importer.env[x], *packed, primfunc_name_hint="packed_product")
         return out if bias is None else builder.emit(relax.op.add(out, importer.env[bias]))
 
     def matmul(self, node: fx.Node, importer: Any) -> Any:
         a, b = _args(node)
         base, order = _base(b)
-        return importer.block_builder.emit_te(_product, importer.env[a], importer.env[base], order, primfunc_name_hint="product")
+        second = importer.env[base]
+        if base.name in self.names and order[-2] == len(order) - 1:
+            # A weight read across its rows is laid out as it is read, so that columns are side by side.
+            second, order = self._transposed(base, order), tuple(range(len(order)))
+        return importer.block_builder.emit_te(_product, importer.env[a], second, order, primfunc_name_hint="product")
 
     def rms_norm(self, node: fx.Node, importer: Any) -> Any:
         x, _, weight, eps = _args(node)
@@ -164,15 +217,24 @@ class _Converter:
         assert node.kwargs.get("is_causal") or (len(_args(node)) > 5 and _args(node)[5]), "only causal attention is known"
         nodes = [_heads_last(arg) for arg in _args(node)[:3]]
         q, k, v = (importer.env[source] for source in nodes)
-        builder = importer.block_builder
-        from targets.schedules.attention import causal_attention
-
         _, S, H, d = nodes[0].meta["val"].shape
         K, dv = nodes[2].meta["val"].shape[2:]
-        var = builder.add_func(causal_attention(S, H, K, d, dv), f"causal_attention_{S}_{H}_{K}_{d}_{dv}")
-        out = builder.emit(relax.call_tir(var, [q, k, v], relax.TensorType((1, S, H, dv), "float32")))
+        out = _call(importer, "causal_attention", causal_attention(S, H, K, d, dv, self.cpu), [q, k, v], (1, S, H, dv))
         node.meta["heads_last"] = out
-        return builder.emit(relax.op.permute_dims(out, [0, 2, 1, 3]))
+        return importer.block_builder.emit(relax.op.permute_dims(out, [0, 2, 1, 3]))
+
+    def cached_attention(self, node: fx.Node, importer: Any) -> Any:
+        *nodes, scale = _args(node)
+        _, _, H, d = nodes[0].meta["val"].shape
+        K, dv = nodes[4].meta["val"].shape[2:]
+        kernel = cached_attention(H, K, d, dv, scale, self.cpu)
+        return _call(importer, "cached_attention", kernel, [importer.env[arg] for arg in nodes], (1, 1, H, dv))
+
+    def latent_attention(self, node: fx.Node, importer: Any) -> Any:
+        *nodes, scale = _args(node)
+        (_, H, L), (_, _, R) = (arg.meta["val"].shape for arg in nodes[:2])
+        kernel = latent_attention(H, L, R, scale, self.cpu)
+        return _call(importer, "latent_attention", kernel, [importer.env[arg] for arg in nodes], (1, H, L))
 
     def transpose(self, node: fx.Node, importer: Any) -> Any:
         source = _args(node)[0]
@@ -192,9 +254,23 @@ class _Converter:
         extent = sym.Analyzer().simplify(end - begin) if not isinstance(end, int) or not isinstance(begin, int) else end - begin
         return importer.block_builder.emit_te(_slice, x, axis, begin, extent, primfunc_name_hint="slice")
 
+    def embedding(self, node: fx.Node, importer: Any) -> Any:
+        """Rows of the packed table: the same array that a tied output layer multiplies with."""
+        table, rows = _args(node)[:2]
+        spec, packed = self._pack(table)
+        return importer.block_builder.emit_te(
+            functools.partial(packed_gather, spec), importer.env[rows], *packed, primfunc_name_hint="gather"
+        )
+
     def gather(self, node: fx.Node, importer: Any, rows: fx.Node) -> Any:
         """Rows of a table by index; the caller keeps indices inside it."""
         return importer.block_builder.emit_te(_gather, importer.env[_args(node)[0]], importer.env[rows], primfunc_name_hint="gather")
+
+
+def _call(importer: Any, name: str, kernel: Any, arguments: list[Any], shape: tuple[int, ...]) -> Any:
+    """A call of a kernel that is written as loops."""
+    var = importer.block_builder.add_func(kernel, name)
+    return importer.block_builder.emit(relax.call_tir(var, arguments, relax.TensorType(shape, "float32")))
 
 
 def _args(node: fx.Node) -> tuple[Any, ...]:
@@ -229,21 +305,8 @@ def _heads_last(node: fx.Node) -> fx.Node:
     return base
 
 
-def _packed_product(x: te.Tensor, packed: te.Tensor, rows: int) -> te.Tensor:
-    """out[..., n] = sum_k x[..., k] packed[n // tile, k, n % tile].
-
-    The product runs over whole tiles, and a copy drops the padding: inside a tile nothing is ever guarded.
-    """
-    tile = int(packed.shape[2])
-    k = te.reduce_axis((0, packed.shape[1]), name="k")
-    padded = te.compute(
-        (*x.shape[:-1], int(packed.shape[0]) * tile),
-        lambda *i: te.sum(x[(*i[:-1], k)] * packed[tirx.indexdiv(i[-1], tile), k, tirx.indexmod(i[-1], tile)], axis=k),
-        name="packed_product",
-    )
-    if int(packed.shape[0]) * tile == rows:
-        return padded
-    return te.compute((*x.shape[:-1], rows), lambda *i: padded(*i), name="cropped")
+def _crop(padded: te.Tensor, rows: int) -> te.Tensor:
+    return te.compute((*padded.shape[:-1], rows), lambda *i: padded(*i), name="cropped")
 
 
 def _product(a: te.Tensor, base: te.Tensor, order: tuple[int, ...]) -> te.Tensor:

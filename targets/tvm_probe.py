@@ -3,6 +3,8 @@
 Compiled with the same schedules as everything else, so a ceiling is one that our kernels can reach.
 """
 
+import dataclasses
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,40 +13,66 @@ import tvm
 from tvm import s_tir, te
 
 from targets.cpu import Cpu
-from targets.job import PRODUCT_SIZE, READ_VALUES
+from targets.job import PRODUCT_SIZE, READ_VALUES, ROW_VARIANT_SHAPE, VARIANT_SHAPE, row_variant_name, variant_name
 from targets.link import link_shared
 from targets.schedules.product import schedule_packed_product
+from targets.schedules.weights import WeightSpec, packed_product
+from targets.tvm_profile import compile_clock
 
 
 def detect() -> dict[str, Any]:
-    """What LLVM says of this machine's processor: `triple`, `cpu`, `vector_bytes`."""
+    """What LLVM says of this machine's processor: `triple`, `cpu`, `vector_bytes`, `dot`."""
     ask = tvm.get_global_func
     triple = str(ask("target.llvm_get_system_triple")())
     cpu = str(ask("target.llvm_get_system_cpu")())
     target = tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": cpu})
     with target:
-        features = {name for name in ("avx512f", "avx2", "avx", "sse2", "neon", "sve") if ask("target.llvm_cpu_has_feature")(name, target)}
+        known = ("avx512f", "avx512vnni", "avxvnni", "avx2", "avx", "sse2", "neon", "dotprod", "sve")
+        features = {name for name in known if ask("target.llvm_cpu_has_feature")(name, target)}
         bits = int(ask("target.llvm_get_vector_width")(target))
-    return {"triple": triple, "cpu": cpu, "vector_bytes": 64 if "avx512f" in features else bits // 8}
+    wide = "avx512f" in features
+    dot = "vnni" if ("avx512vnni" if wide else "avxvnni") in features else "sdot" if "dotprod" in features else ""
+    return {"triple": triple, "cpu": cpu, "vector_bytes": 64 if wide else bits // 8, "dot": dot}
 
 
 def compile_probe(llvm: Mapping[str, Any], cpu: Cpu, path: Path) -> Path:
-    """Compiles both kernels into a shared library at `path`."""
-    n, tile = PRODUCT_SIZE, cpu.tile_columns
-    x = te.placeholder((1, n, n), name="x")
-    packed = te.placeholder((-(-n // tile), n, tile), name="packed")
-    k = te.reduce_axis((0, n), name="k")
-    product = te.compute((1, n, n), lambda b, i, j: te.sum(x[b, i, k] * packed[j // tile, k, j % tile], axis=k), name="packed_product")
-    sch = s_tir.Schedule(te.create_prim_func([x, packed, product]))
-    schedule_packed_product(sch, cpu)
-    module = tvm.IRModule(
-        {
-            "product": sch.mod["main"].with_attr("global_symbol", "product"),
-            "read": _read(cpu).with_attr("global_symbol", "read"),
-        }
-    )
-    link_shared(tvm.compile(module, tvm.target.Target(dict(llvm))), path)
+    """Compiles both kernels, and the clock that profiles are taken with, into a shared library at `path`."""
+    kernels = {"product": _product(cpu, PRODUCT_SIZE, PRODUCT_SIZE, PRODUCT_SIZE), "read": _read(cpu)}
+    with tempfile.TemporaryDirectory() as folder:
+        link_shared(_library(kernels, llvm), path, [compile_clock(Path(folder))])
     return path
+
+
+def compile_variants(llvm: Mapping[str, Any], cpu: Cpu, path: Path) -> Path:
+    """Compiles a product for every tuning of `cpu.variants()`, and of a single row for every one of `cpu.row_variants`.
+
+    Kernels are named by `job.variant_name`.
+    """
+    many, single = VARIANT_SHAPE, ROW_VARIANT_SHAPE
+    kernels = {}
+    for tuning in cpu.variants():
+        kernels[variant_name(tuning)] = _product(dataclasses.replace(cpu, tuned=tuning), *many)
+        for row_tuning in cpu.row_variants(tuning):
+            name = row_variant_name(row_tuning)
+            if name not in kernels:
+                kernels[name] = _product(dataclasses.replace(cpu, tuned=row_tuning), *single)
+    link_shared(_library(kernels, llvm), path)
+    return path
+
+
+def _product(cpu: Cpu, rows: int, depth: int, columns: int) -> Any:
+    """A product as the schedules write it for `cpu`."""
+    x = te.placeholder((1, rows, depth), name="x")
+    weight = WeightSpec(rows=columns, columns=depth, tile=cpu.tile_columns)
+    packed = te.placeholder(weight.shapes[0], name="packed")
+    sch = s_tir.Schedule(te.create_prim_func([x, packed, packed_product(weight, x, packed)]))
+    schedule_packed_product(sch, cpu)
+    return sch.mod["main"]
+
+
+def _library(kernels: Mapping[str, Any], llvm: Mapping[str, Any]) -> Any:
+    module = tvm.IRModule({name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()})
+    return tvm.compile(module, tvm.target.Target(dict(llvm)))
 
 
 def _read(cpu: Cpu) -> Any:

@@ -14,14 +14,15 @@ import numpy as np
 import tvm
 import tvm_ffi
 from numpy.typing import NDArray
-from safetensors import safe_open
 from tvm.runtime.vm import VirtualMachine  # not `relax`: the child may hold TVM's small runtime library alone
 
+from targets.arrays import ArrayFile
 from targets.job import LIBRARY, MANIFEST, Job
 from targets.layout import Layout
 from targets.measurement import NOISY_IQR, SLOW, Timing, interquartile_range
 from targets.memory import held_bytes
 from targets.program import ROWS, Step
+from targets.tvm_profile import take_profile
 
 _FEWEST_REPEATS = 5
 _REFERENCE = "_reference"
@@ -39,24 +40,25 @@ class Runner:
     along than the check went must not read whatever lay in memory.
     """
 
-    def __init__(self, artifact: Path, arrays: Any) -> None:
+    def __init__(self, artifact: Path, arrays: ArrayFile) -> None:
         self.manifest = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
         self.device = tvm.cpu()
         self.machine = VirtualMachine(tvm.runtime.load_module(str(artifact / LIBRARY)), self.device)
-        packed = {}
         self.packed_bytes = 0
-        for name, layout in self.manifest["weights"]:
-            array = Layout.from_json(layout).apply(arrays.get_tensor(name))
-            packed[name, json.dumps(layout)] = tvm.runtime.tensor(array, self.device)
-            self.packed_bytes += array.nbytes
         # Converted once: a list would be converted anew in every call.
-        self.weights = tvm_ffi.convert([packed[name, json.dumps(layout)] for name, layout in self.manifest["weights"]])
+        self.weights = tvm_ffi.convert([self._packed(Layout.from_json(layout), arrays, name) for name, layout in self.manifest["weights"]])
         rows = self.manifest["rows"]
         self.state = {
             name: tvm.runtime.tensor(np.zeros([rows if isinstance(size, str) else size for size in shape], dtype), self.device)
             for name, (shape, dtype) in self.manifest["state"].items()
         }
         self.rows = 0
+
+    def _packed(self, layout: Layout, arrays: ArrayFile, name: str) -> Any:
+        """A weight as the program takes it; nothing else of it is left when this returns."""
+        array = layout.apply(arrays.read(name))
+        self.packed_bytes += array.nbytes
+        return tvm.runtime.tensor(array, self.device)
 
     def call(self, function: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
         """Runs a function on inputs and state, appends the rows it returns, and gives its outputs."""
@@ -88,24 +90,28 @@ def run_job(job: Job) -> dict[str, Any]:
     """Checks and times a compiled program.
 
     Returns:
-        `times_s`, `reference_s`, `measured_peak_bytes`, `packed_bytes`, `errors` and `attempts` of a `Measurement`.
+        `times_s`, `reference_s`, `measured_peak_bytes`, `packed_bytes`, `errors`, `attempts` and `profile` of a
+            `Measurement`.
 
     Raises:
         CheckFailed: if an output differs from the expected one.
     """
     before = held_bytes()
-    with safe_open(job.sample, framework="numpy") as arrays:
-        runner = Runner(Path(job.artifact), arrays)
-        errors = _check(runner, arrays, job.steps, job.tolerance)
-        calls = {
-            name: (name, runner.arguments(name, {key: arrays.get_tensor(array) for key, array in inputs.items()}, rows))
-            for name, (inputs, rows) in job.timed.items()
-        }
-        for function, arguments in calls.values():
-            runner.machine[function](*arguments)
-        after = held_bytes()
-        reference = Probe(Path(job.probe)).product(*job.reference)
-        times, reference_s, attempts = _time(runner.machine, calls, reference, job)
+    arrays = ArrayFile(Path(job.sample))
+    runner = Runner(Path(job.artifact), arrays)
+    errors = _check(runner, arrays, job.steps, job.tolerance)
+    calls = {
+        name: (name, runner.arguments(name, {key: arrays.read(array) for key, array in inputs.items()}, rows))
+        for name, (inputs, rows) in job.timed.items()
+    }
+    for function, arguments in calls.values():
+        runner.machine[function](*arguments)
+    after = held_bytes()
+    reference = Probe(Path(job.probe)).product(*job.reference)
+    began = time.perf_counter()
+    times, reference_s, attempts = _time(runner.machine, calls, reference, job)
+    budget_s = job.timing.profile_share * (time.perf_counter() - began)
+    profile = take_profile(runner.machine, calls, runner.manifest["operators"], Path(job.probe), budget_s)
     return {
         "times_s": times,
         "reference_s": reference_s,
@@ -113,15 +119,16 @@ def run_job(job: Job) -> dict[str, Any]:
         "packed_bytes": runner.packed_bytes,
         "errors": errors,
         "attempts": attempts,
+        "profile": profile,
     }
 
 
-def _check(runner: Runner, arrays: Any, steps: tuple[Step, ...], tolerance: float) -> dict[str, float]:
+def _check(runner: Runner, arrays: ArrayFile, steps: tuple[Step, ...], tolerance: float) -> dict[str, float]:
     errors: dict[str, float] = {}
     for number, step in enumerate(steps):
-        outputs = runner.call(step.function, {key: arrays.get_tensor(array) for key, array in step.inputs.items()})
+        outputs = runner.call(step.function, {key: arrays.read(array) for key, array in step.inputs.items()})
         for name, array in step.expected.items():
-            expected, got = arrays.get_tensor(array), outputs[name].numpy()
+            expected, got = arrays.read(array), outputs[name].numpy()
             if got.shape != expected.shape:
                 raise CheckFailed(f"step {number} ({step.function}): output {name} has shape {got.shape}, not {expected.shape}")
             error = relative_error(got, expected)

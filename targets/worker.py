@@ -153,7 +153,7 @@ def _serve() -> None:
         replies.flush()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Asks Linux to end this process when its parent dies, even if it hangs: a compiler must not outlive a killed search."""
     import ctypes
 
@@ -165,7 +165,7 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    _end_with_parent()
+    end_with_parent()
     sys.modules.update(dict.fromkeys(sys.argv[1:]))  # type: ignore[arg-type]  # None is how Python marks a module as not there
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _serve()

@@ -15,6 +15,14 @@ QUICK = Timing(repeats=1, min_repeat_s=0.0, warmup_s=0.0, retries=0, timeout_s=1
 """Checks everything and times hardly anything."""
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _locks_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests that run side by side time nothing that counts: they do not wait for each other's measurements."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def quick() -> Timing:
     return QUICK

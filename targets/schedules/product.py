@@ -5,8 +5,10 @@ from typing import Any
 from tvm import tirx
 
 from targets.cpu import Cpu
-from targets.schedules.blocks import inline_all, int_or_none, output_block
+from targets.schedules.blocks import block_handles, inline_all, int_or_none, output_block
 
+_FEW_TILES = 16
+"""Column tiles a core has, from which on a last uneven one costs little."""
 PARALLEL_FLOPS = 1 << 17
 """Products below this many operations run on one thread: waking the others costs more."""
 
@@ -18,20 +20,28 @@ def schedule_packed_product(sch: Any, cpu: Cpu) -> None:
     A last, smaller row tile is split off by loop partitioning instead of being guarded in the inner loop.
     """
     product = sch.get_sblock("packed_product")
-    out = _epilogue(sch, product)
+    unpacked = next((block for block in block_handles(sch) if sch.get(block).name_hint == "unpacked"), None)
+    out = _epilogue(sch, product, keep=() if unpacked is None else (unpacked,))
     *lead, n = sch.get_loops(out)
     m = lead[0] if len(lead) == 1 else sch.fuse(*lead)
     rows, columns = int_or_none(sch.get(m).extent), int_or_none(sch.get(n).extent)
     assert rows is not None and columns is not None, "packed products have static shapes"
     depth = int_or_none(sch.get(sch.get_loops(product)[-1]).extent)
     assert depth is not None
-    tile_rows = min(rows, cpu.tile_rows)
+    tuning, tiles = cpu.tuning, -(-columns // cpu.tile_columns)
+    tile_rows = min(rows, tuning.tile_rows)
+    at_once = _row_tiles(tiles, cpu) if rows == 1 else 1
     m_outer, m_inner = sch.split(m, [None, tile_rows])
-    n_outer, n_inner = sch.split(n, [None, cpu.tile_columns])
+    n_outer, n_inner = sch.split(n, [None, cpu.tile_columns * at_once])
     sch.reorder(n_outer, m_outer, m_inner, n_inner)
     sch.compute_at(product, m_outer, preserve_unit_loops=True)
+    if unpacked is not None:
+        _schedule_unpacked(sch, unpacked, n_outer, cpu)
     *_, row, column, k = sch.get_loops(product)
-    k_outer, k_inner = sch.split(k, [None, next(u for u in (4, 2, 1) if depth % u == 0)])
+    # All of a word's values, so that which one is meant is known where it is taken out.
+    in_words = any(str(region.source.dtype) == "int32" for region in sch.get(product).reads)
+    unroll = 8 if in_words else tuning.row_unroll if rows == 1 else tuning.unroll
+    k_outer, k_inner = sch.split(k, [None, next(u for u in (unroll, 4, 2, 1) if depth % u == 0)])
     vector, lane = sch.split(column, [None, cpu.lanes])
     sch.reorder(k_outer, k_inner, row, vector, lane)
     sch.vectorize(lane)
@@ -44,12 +54,38 @@ def schedule_packed_product(sch: Any, cpu: Cpu) -> None:
     if rows % tile_rows:
         sch.annotate(m_outer, "pragma_loop_partition_hint", 1)
     if 2 * rows * columns * depth >= PARALLEL_FLOPS:
-        sch.parallel(n_outer)
+        # Few tiles that do not share out evenly: rows are shared, too.
+        uneven = tiles % cpu.cores and tiles < _FEW_TILES * cpu.cores
+        sch.parallel(sch.fuse(n_outer, m_outer) if uneven and unpacked is None and rows % tile_rows == 0 else n_outer)
     init = sch.decompose_reduction(product, k_outer)
     *_, init_row, init_vector, init_lane = sch.get_loops(init)
     sch.vectorize(init_lane)
     sch.unroll(init_vector)
     sch.unroll(init_row)
+
+
+def _row_tiles(tiles: int, cpu: Cpu) -> int:
+    """Tiles that a single row takes at once: as tuned, where cores then still have equal shares."""
+    for at_once in (cpu.tuning.row_tiles, 2):
+        chunks = tiles // at_once
+        if tiles % at_once == 0 and (chunks % cpu.cores == 0 or chunks >= _FEW_TILES * cpu.cores):
+            return at_once
+    return 1
+
+
+def _schedule_unpacked(sch: Any, unpacked: Any, tile: Any, cpu: Cpu) -> None:
+    """A tile of the weight made float32 beside the rows that use it, a group of k at a time, so that scales stay in registers."""
+    sch.compute_at(unpacked, tile, preserve_unit_loops=True)
+    sch.set_scope(unpacked, 0, "local")
+    *_, k, lane = sch.get_loops(unpacked)
+    vector, lane = sch.split(lane, [None, cpu.lanes])
+    depth = int_or_none(sch.get(k).extent)
+    assert depth is not None
+    k_outer, k_inner = sch.split(k, [None, next(u for u in (8, 4, 2, 1) if depth % u == 0)])
+    sch.reorder(k_outer, k_inner, vector, lane)
+    for loop in (vector, k_inner):
+        sch.unroll(loop)
+    sch.vectorize(lane)
 
 
 def schedule_product(sch: Any, cpu: Cpu) -> None:
@@ -88,13 +124,13 @@ def schedule_product(sch: Any, cpu: Cpu) -> None:
         sch.vectorize(lane)
 
 
-def _epilogue(sch: Any, product: Any) -> Any:
+def _epilogue(sch: Any, product: Any, keep: tuple[Any, ...] = ()) -> Any:
     """Inlines everything after the product into one output block; gives the product a local result."""
     out = output_block(sch)
     if sch.get(out).same_as(sch.get(product)):
         sch.cache_write(product, 0, "local")
         return output_block(sch)
-    inline_all(sch, keep=(product, out))
+    inline_all(sch, keep=(product, out, *keep))
     sch.set_scope(product, 0, "local")
     return out
 

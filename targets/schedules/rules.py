@@ -7,10 +7,11 @@ from tvm import s_tir, tirx
 
 from targets.cpu import Cpu
 from targets.schedules.blocks import block_handles
+from targets.schedules.dot import schedule_dot_product
 from targets.schedules.product import schedule_packed_product, schedule_product
 from targets.schedules.rowwise import schedule_rowwise
 
-_PRODUCTS = {"packed_product": schedule_packed_product, "product": schedule_product}
+_PRODUCTS = {"dot_product": schedule_dot_product, "packed_product": schedule_packed_product, "product": schedule_product}
 
 
 def schedule_module(module: Any, cpu: Cpu) -> Any:
@@ -26,4 +27,8 @@ def _schedule(function: Any, cpu: Cpu) -> Any:
     names = {sch.get(block).name_hint for block in block_handles(sch)}
     rule = next((_PRODUCTS[name] for name in _PRODUCTS if name in names), schedule_rowwise)
     rule(sch, cpu)
-    return sch.mod["main"].with_attr("edgewise.scheduled", True)
+    module = sch.mod
+    if rule is schedule_packed_product:
+        # With 64-bit loops TVM loses the mark that has a last, smaller row tile split off, and guards every one of them.
+        module = tirx.transform.ForceNarrowIndexToInt32()(module)
+    return module["main"].with_attr("edgewise.scheduled", True)

@@ -25,6 +25,10 @@ def test_a_request_by_hand() -> None:
     assert found.decode_s_per_token == pytest.approx(decode_s)
     assert found.request_s == pytest.approx(found.prefill_s + 4 * decode_s)
     assert found.model == "bytes"
+    # In int8 all but the norms are a byte, and each of 4 x 8 + 16 + 8 + 10 rows has a scale.
+    fewer = BytesBaseline().estimate(CONFIG, TOKENS, SPEC, "int8")
+    assert fewer.prefill_s == found.prefill_s
+    assert fewer.decode_s_per_token == pytest.approx((256 + 256 + 80 + 4 * (24 + 66) + 8 * 16 * 4) / 1e9)
 
 
 def test_prefill_ranks_by_parameters_and_decode_by_bytes() -> None:

@@ -135,6 +135,16 @@ def test_given_weights_are_the_ones_written(tmp_path: Path) -> None:
         torch.testing.assert_close(arrays[name], parameter.detach(), rtol=0, atol=0)
 
 
+def test_weights_are_written_from_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of all of them would double what measuring a large model needs."""
+    model = SLM(CONFIG).initialise(3)
+    places = {}
+    monkeypatch.setattr("cost_models.measured.write_arrays", lambda _, arrays: places.update((n, a.ctypes.data) for n, a in arrays))
+    make_sample(CONFIG, TOKENS, 0, model).write(tmp_path / "sample")
+    for name, parameter in model.named_parameters():
+        assert places[name] == parameter.data_ptr(), name
+
+
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         make_sample(CONFIG, TOKENS, seed).write(tmp_path / name)

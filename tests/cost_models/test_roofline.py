@@ -14,6 +14,7 @@ from cost_models.measured import make_sample
 from cost_models.program import build_program
 from cost_models.roofline import Roofline
 from search_spaces.config import SLMConfig
+from search_spaces.precision import PRECISIONS
 from search_spaces.workload import RequestTokens
 from targets.measurement import Timing
 from targets.null import NullTarget
@@ -35,6 +36,13 @@ def test_a_memory_bound_request_by_hand() -> None:
     assert found.prefill_s == pytest.approx(prefill_s)
     assert found.request_s == pytest.approx(prefill_s + 4 * decode_s)
     assert found.model == "roofline"
+
+
+def test_fewer_bits_are_read_faster_by_hand() -> None:
+    found = Roofline().estimate(CONFIG, TOKENS, SPEC, "int8")
+    # A byte a value and a scale of 4 for each of the rows: attention 4 x 8, FFN 16 + 8, head 10, the one row of the embedding.
+    matrices = 256 + 256 + 80 + 8 + 4 * (32 + 24 + 10 + 1)
+    assert found.decode_s_per_token == pytest.approx((matrices + 4 * (24 + 4 + 8 * 16)) / 1e9)
 
 
 def test_a_compute_bound_request_by_hand() -> None:
@@ -76,11 +84,11 @@ def test_a_longer_prompt_never_costs_less() -> None:
 def test_the_null_target_is_never_faster_than_its_own_roofline_in_decode(tmp_path: Path) -> None:
     """The null target reads every weight of a call and the same cache, at the same rates."""
     target = NullTarget(load_spec("null"))
-    for seed in range(30):
-        config = random_config(random.Random(seed))
-        artifact = target.compile(build_program(config, TOKENS), tmp_path / str(seed))
-        measured = target.measure(artifact, make_sample(config, TOKENS, 0), Timing()).median_s("decode")
-        assert Roofline().estimate(config, TOKENS, target.spec).decode_s_per_token <= measured, seed
+    for seed in range(32):
+        config, precision = random_config(random.Random(seed)), PRECISIONS[seed % 4]
+        artifact = target.compile(build_program(config, TOKENS, precision), tmp_path / str(seed))
+        measured = target.measure(artifact, make_sample(config, TOKENS, 0, precision=precision), Timing()).median_s("decode")
+        assert Roofline().estimate(config, TOKENS, target.spec, precision).decode_s_per_token <= measured, seed
 
 
 @pytest.mark.parametrize("missing", ["flops_per_s", "read_bytes_per_s"])

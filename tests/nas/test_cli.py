@@ -15,6 +15,8 @@ from search_helpers import SPACE_FILE, contents, write_speeches
 
 from nas.cli import main
 from nas.run import open_run
+from search_spaces.config import SLMConfig
+from targets.local import LocalTarget
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "tvm", "optuna", "plotly", "tokenizers", "pandas", "pyarrow", "numpy", "rich", "sqlalchemy")
@@ -140,6 +142,67 @@ def test_a_reference_is_measured_with_an_assumed_tokenizer(capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert "(assumed)" in shown
     assert "steady" in shown
+
+
+def test_a_model_in_fewer_bits_is_counted_measured_and_checked(
+    tmp_path: Path, local_target: LocalTarget, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("targets.target.load_target", lambda name, cache: local_target)
+    monkeypatch.setattr(local_target, "close", lambda: None)  # other tests go on with it
+    config = SLMConfig(vocab_size=61, d_model=32, num_layers=1, num_heads=4, ffn_dim=40, context=32)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    name = str(tmp_path / "config.json")
+    args = ["measure", name, "--prompt-bytes", "6", "--generate-bytes", "10", "--weights", "int4"]
+    assert main([*args, "--profile", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert main(["count", name, "--weights", "int4", "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert measured["weights"] == counted["weights"] == "int4"
+    assert measured["weight_bytes"] == counted["weight_bytes"] < 61 * 32 * 4
+    assert 0 < max(measured["measurement"]["errors"].values()) < 1e-4
+    head = next(o for o in measured["profile"]["decode"]["operators"] if o["operator"] == "head")
+    assert head["read_bytes"] == 61 * (16 + 2)
+    assert main(["count", name, "--weights", "int4"]) == 0
+    assert re.search(rf"^weights \(int4\) +{counted['weight_bytes']:,} bytes", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_search_in_several_precisions_says_which(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*small, "--trials", "4", "--weights", "int8,int4"]) == 0
+    out = capsys.readouterr().out
+    assert set(re.findall(r"weights=(\w+)", out)) == {"int8", "int4"}
+    assert main(["front", "runs/small-null"]) == 0
+    assert re.search(r"\bweights\b.*\n.*\bint[84]\b", capsys.readouterr().out)
+    assert main(["front", "runs/small-null", "--json"]) == 0
+    assert {m["weights"] for m in json.loads(capsys.readouterr().out)["front"]} <= {"int8", "int4"}
+
+
+def test_a_profile_is_shown_and_written(
+    tmp_path: Path, local_target: LocalTarget, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("targets.target.load_target", lambda name, cache: local_target)
+    monkeypatch.setattr(local_target, "close", lambda: None)  # other tests go on with it
+    config = SLMConfig(vocab_size=61, d_model=32, num_layers=2, num_heads=4, ffn_dim=40, context=32)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    args = ["measure", str(tmp_path / "config.json"), "--prompt-bytes", "6", "--generate-bytes", "10"]
+    assert main([*args, "--profile"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^prefill of 6 tokens$", shown, re.MULTILINE)
+    assert re.search(r"^decode of a token after 11 others$", shown, re.MULTILINE)
+    assert len(re.findall(r"^FFN +\d[\d.]* .?s +\d+\.\d %", shown, re.MULTILINE)) == 2
+    assert len(re.findall(r"^device's best +100 +10\.0$", shown, re.MULTILINE)) == 2
+    assert main([*args, "--profile", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["ceilings"] == {"flops_per_s": 1e11, "read_bytes_per_s": 1e10}
+    for phase in ("prefill", "decode"):
+        parts = values["profile"][phase]
+        assert {o["operator"]: o["time_s"] for o in parts["operators"]} == values["measurement"]["profile"][phase]
+    assert main([*args, "--json"]) == 0
+    assert "profile" not in json.loads(capsys.readouterr().out)
+
+
+def test_a_device_that_cannot_tell_is_not_asked_for_a_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", "smollm-135m", "--target", "null", "--profile"]) == 2
+    assert "target 'null' cannot tell where its time goes; leave out --profile" in refused(capsys)
 
 
 def test_a_measurement_that_was_slow_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +340,12 @@ def test_a_run_name_cannot_lead_out_of_its_folder(small: list[str], tmp_path: Pa
         (["search", "--target", "locl"], "target 'locl' is not known; choose one of"),
         (["search", "--sampler", "tp"], "sampler 'tp' is not known; choose one of tpe"),
         (["search", "--speed", "fast"], "'fast' is not one of"),
+        (["search", "--weights", "fp32,int5"], "'int5' is not a precision; use one or several of fp32, fp16, int8, int4, as in fp32,int8"),
+        (["search", "--weights", ""], "'' is not a precision"),
+        (["search", "--weights", "int8,int8"], "'int8,int8' names a precision twice; name each once"),
+        (["count", "gpt2-124m", "--weights", "int5"], "'int5' is not one of 'fp32', 'fp16', 'int8', 'int4'"),
+        (["measure", "gpt2-124m", "--weights", "fp32,int8"], "'fp32,int8' is not one of"),
+        (["measure", "llama-7b", "--target", "null"], "measure a smaller model, or one in fewer bits with --weights"),
         (["search", "--corpus", "nowhere.txt"], "corpus 'nowhere.txt' does not exist"),
         (["search", "--trials", "0"], "--trials"),
         (["search", "--trials", "many"], "--trials"),

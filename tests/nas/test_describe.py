@@ -8,6 +8,7 @@ from strategies import random_config
 from nas.describe import (
     attention_words,
     describe_config,
+    describe_trial,
     design_facts,
     format_bpb,
     format_bytes,
@@ -16,7 +17,9 @@ from nas.describe import (
     format_rate,
     format_s,
     significant,
+    trial_facts,
 )
+from nas.evaluation import Evaluation
 from search_spaces.config import InvalidConfig, SLMConfig
 
 
@@ -111,3 +114,11 @@ def test_quantities() -> None:
     assert [format_rate(n) for n in (None, 4.56, 17_234)] == ["–", "4.56", "17,200"]
     assert [format_ms(s) for s in (None, 0.000288)] == ["–", "0.288"]
     assert [format_bpb(None), format_bpb(2.4126), format_bpb(2.4126, 0.0123)] == ["–", "2.413", "2.413 ± 0.012"]
+
+
+def test_a_trial_is_its_config_and_the_precision_where_it_is_told() -> None:
+    trial = Evaluation(trial=0, config=config())
+    assert describe_trial(trial) == describe_config(config())
+    assert describe_trial(trial.evolve(weights="int4")) == f"{describe_config(config())}, int4 weights"
+    assert describe_trial(Evaluation(trial=0, weights="int4")) == "–"
+    assert trial_facts(trial.evolve(weights="int4")) == design_facts(config()) | {"weights": "int4"}

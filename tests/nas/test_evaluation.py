@@ -17,6 +17,7 @@ FULL = Evaluation(
     state="complete",
     params_drawn={"width": 24, "kind": "gqa", "ratio": 2.5, "tie": True},
     config=CONFIG,
+    weights="int8",
     bytes_per_token=2.5,
     params=1234,
     flops_per_token=5678,
@@ -180,3 +181,18 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="folder"):
         write_whole(path, "text")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_record_from_before_there_were_precisions_is_of_float32_weights() -> None:
+    values = FULL.to_dict()
+    assert values.pop("weights") == "int8"
+    assert Evaluation.from_dict(values).weights == "fp32"
+    with pytest.raises(InvalidRun, match="weights='int5' is not one of fp32, fp16, int8, int4; choose one"):
+        Evaluation.from_dict({**values, "weights": "int5"})
+
+
+def test_a_precision_is_told_where_it_is_not_float32_or_was_chosen() -> None:
+    assert FULL.names_weights
+    plain = FULL.evolve(weights="fp32")
+    assert not plain.names_weights
+    assert plain.evolve(params_drawn={"weights": "fp32"}).names_weights

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from search_helpers import SPACE_FILE, run_search, write_speeches
+from search_helpers import SPACE_FILE, run_search, settings, write_speeches
 
 from nas import export as export_module
 from nas.corpus import Corpus, load_corpus
@@ -231,3 +231,16 @@ def test_a_real_vocabulary_smaller_than_asked_for_is_what_the_model_has(tmp_path
     assert 300 < only.config.vocab_size < 20_000
     _, tokenizer = load_exported(export_trial(run, 0, tmp_path / "model"))
     assert tokenizer.vocab_size == only.config.vocab_size
+
+
+def test_rounded_models_leave_as_trained_and_the_card_says_what_was_measured(tmp_path: Path, corpus: Corpus) -> None:
+    run, outcome = run_search(tmp_path / "run", corpus, trials=1, given=settings(weights=("int4",)))
+    (only,) = outcome.evaluations
+    assert only.score is not None
+    model, tokenizer = load_exported(export_trial(run, 0, tmp_path / "model"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert evaluate(model, tokenizer, corpus.validation, only.score["window_tokens"])[0] == only.score["val_bpb_fp32"] != only.val_bpb
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "int4 weights (half bytes with a scale for every 32 inputs), rounded from the float32 ones in this folder" in card
+    assert f"| the same of the float32 weights | {only.score['val_bpb_fp32']:.3f} ±" in card
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}

@@ -22,7 +22,17 @@ def command(folder: Path) -> list[str]:
     """A real search of a few seconds: compile and measure on the null target, train, write everything."""
     return [
         *(sys.executable, "-m", "nas", "search", "--space", str(SPACE_FILE), "--target", "null", "--trials", str(TRIALS)),
-        *("--corpus", str(folder / "speeches.jsonl"), "--train-bytes", "15kB", "--run", str(folder / "run"), "--json"),
+        *(
+            "--corpus",
+            str(folder / "speeches.jsonl"),
+            "--train-bytes",
+            "15kB",
+            "--weights",
+            "fp32,int4",
+            "--run",
+            str(folder / "run"),
+            "--json",
+        ),
     ]
 
 

@@ -11,12 +11,13 @@ import pytest
 
 from nas.charts import AXES, design_figure, front_figures, hover, importance_figure
 from nas.evaluation import Evaluation, write_whole
-from nas.front import front_of
+from nas.front import choose, front_of
 from nas.report import Reference, starts_among, write_report
 from nas.run import Run
 from nas.search import rewrite_report
 from search_spaces.config import SLMConfig
 from search_spaces.space import load_space
+from targets.measurement import Measurement
 
 EVIL = '<img src=x onerror="alert(1)"></script><b>&amp;'
 MANIFEST = {
@@ -264,6 +265,25 @@ def test_table_has_the_front_in_words(forty: Page) -> None:
     assert any(attrs.get("class") == "best" for tag, attrs in forty.tags if tag == "tr")
 
 
+def test_the_front_is_taken_apart_the_default_choice_unfolded(tmp_path: Path) -> None:
+    times_s = {"prefill": (1e-3,), "decode": (1e-4,)}
+    profile = {phase: {"ffn": 4e-5, "attention": 3e-5, EVIL: 1e-6} for phase in times_s}
+    record = Measurement(device="board", times_s=times_s, workspace_bytes={}, packed_bytes=0, errors={}, profile=profile).to_dict()
+    evaluations = [e.evolve(measurement=record) for e in run(40)]
+    shown = page(tmp_path, evaluations)
+    front = front_of(evaluations, "decode")
+    folds = [attrs for tag, attrs in shown.tags if tag == "details" and "class" not in attrs][: len(front)]
+    assert sum("open" in attrs for attrs in folds) == 1
+    assert all(f"trial {e.trial}" in shown.text for e in front)
+    assert shown.text.count("between kernels") == 2 * len(front)
+    assert EVIL in shown.text
+    assert "device's best" in shown.text
+
+
+def test_a_front_without_profiles_says_so(forty: Page) -> None:
+    assert "no model of the front was measured on a device that can tell" in forty.text
+
+
 def test_design_axes_are_those_that_vary() -> None:
     figure = design_figure(run(40), "decode")
     assert figure is not None
@@ -287,3 +307,23 @@ def test_hover_says_the_architecture_and_escapes_names() -> None:
     assert text.startswith(f"<b>{html.escape(EVIL)}</b><br>")
     assert "gated SiLU" in text
     assert set(re.findall(r"<[^>]*>", text)) == {"<b>", "</b>", "<br>"}
+
+
+def test_a_precision_is_shown_wherever_a_model_is(tmp_path: Path) -> None:
+    plain = run(12)
+    assert "<th>weights</th>" not in write_report("r", plain, MANIFEST, tmp_path / "plain.html").read_text()
+    mixed = [e.evolve(weights="int4" if i % 2 else "fp32", params_drawn={**e.params_drawn, "weights": "x"}) for i, e in enumerate(plain)]
+    text = write_report("r", mixed, MANIFEST | {"settings": {"weights": "fp32,int4"}}, tmp_path / "mixed.html").read_text()
+    assert "<th>weights</th>" in text
+    assert "<dt>Weights</dt><dd>fp32, int4</dd>" in text
+    best = choose(front_of(mixed, "decode"), "decode")
+    assert best is not None
+    assert f"tied, {best.weights} weights</p>" in text
+    failed = [e for e in mixed if e.state == "failed"]
+    assert all(f"tied, {e.weights} weights</td>" in text for e in failed)
+
+
+def test_a_start_is_known_by_its_architecture_whatever_its_precision() -> None:
+    space = load_space("tiny")
+    start = run(1)[0].evolve(state="complete", params_drawn={**(space.start(0) or {}), "weights": "int8"})
+    assert [r.evaluation for r in starts_among([start], space)] == [start]

@@ -6,7 +6,9 @@ import json
 import math
 import random
 import sqlite3
+import threading
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from nas.evaluation import Evaluation
 from nas.export import export_trial, load_exported
 from nas.front import front_of
 from nas.proposals import SAMPLERS, UNTRAINED_BPB, VIOLATION, make_sampler, open_study, propose, tell
+from nas.run import Run
 from nas.search import IDLE_TRIALS
 from nas.training import Budget
 from search_spaces.space import Space, load_space
@@ -149,6 +152,97 @@ def test_ctrl_c_leaves_a_front_and_a_report_and_the_rest_for_later(tmp_path: Pat
     assert run.report_path.stat().st_size > 1000
     _, outcome = run_search(tmp_path / "run", corpus)
     assert not outcome.interrupted
+    assert contents(run.path) == uninterrupted
+
+
+# --- compiling beside training ----------------------------------------------------------------
+
+
+class Gated:
+    """A null target that goes on compiling until it is let, or closed."""
+
+    def __init__(self) -> None:
+        self._inner = NullTarget(load_spec("null"))
+        self.let, self._closed = threading.Event(), threading.Event()
+
+    @property
+    def spec(self) -> Any:
+        return self._inner.spec
+
+    def compile(self, program: Program, out_dir: Path) -> Path:
+        (out_dir / "half").mkdir(parents=True)
+        assert self.let.wait(30)
+        if self._closed.is_set():
+            raise TargetError("closed")
+        return self._inner.compile(program, out_dir)
+
+    def measure(self, artifact: Path, sample: Sample, timing: Timing) -> Measurement:
+        return self._inner.measure(artifact, sample, timing)
+
+    def close(self) -> None:
+        self._closed.set()
+        self.let.set()
+
+
+def steps(run: Run, trial: int, event: str) -> list[str]:
+    return [entry["step"] for entry in run.log_entries() if entry["trial"] == trial and entry["event"] == event]
+
+
+def test_a_model_is_trained_while_its_program_is_compiled(tmp_path: Path, corpus: Corpus, uninterrupted: dict[str, bytes]) -> None:
+    target = Gated()
+
+    def let(trial: int, stage: str) -> None:
+        if (trial, stage) == (0, "train"):  # compiled any earlier, the search would still wait for it
+            target.let.set()
+
+    run, _ = run_search(tmp_path / "run", corpus, target=target, view=Listener(let))
+    assert contents(run.path) == uninterrupted
+    assert steps(run, 0, "start") == ["count", "tokenizer", "compile", "train", "measure"]
+    assert steps(run, 0, "done") == ["count", "tokenizer", "train", "compile", "measure"]
+
+
+@pytest.mark.parametrize("limit", ["max_latency_s", "max_memory_bytes"])
+def test_with_a_limit_that_measuring_shows_nothing_is_trained_before(tmp_path: Path, corpus: Corpus, limit: str) -> None:
+    run, _ = run_search(tmp_path / "run", corpus, trials=1, given=settings(**{limit: 10**9}))
+    assert steps(run, 0, "done") == ["count", "tokenizer", "compile", "measure", "train"]
+
+
+def test_the_order_changes_no_result(tmp_path: Path, corpus: Corpus, uninterrupted: dict[str, bytes]) -> None:
+    """Also those of a trial that was measured first and is trained in another session."""
+    run, _ = run_search(tmp_path / "run", corpus, given=settings(max_latency_s=10.0))
+    assert contents(run.path).items() - uninterrupted.items() == set()
+    done = run.load(5)
+    assert done is not None
+    done.evolve(state="running", score=None, val_bpb=None, val_bpb_stderr=None).save(run.trial_path(5))
+    run.weights_path(5).unlink(missing_ok=True)
+    run, _ = run_search(tmp_path / "run", corpus, given=settings(max_latency_s=10.0))
+    assert run.load(5) == done
+
+
+def test_seconds_of_all_steps_add_up_to_what_passed_and_the_overlap_is_named(tmp_path: Path, corpus: Corpus) -> None:
+    run, _ = run_search(tmp_path / "run", corpus, trials=1)
+    compiled = next(entry for entry in run.log_entries() if entry["step"] == "compile" and entry["event"] == "done")
+    assert 0 <= compiled["seconds"] < run.stage_seconds()[0]["train"]
+    assert compiled["overlapped_seconds"] > 0
+    times = [datetime.fromisoformat(entry["time"]) for entry in run.log_entries()]
+    assert sum(run.stage_seconds()[0].values()) <= (times[-1] - times[0]).total_seconds() + 0.01
+
+
+def test_ctrl_c_while_a_program_is_compiled_leaves_nothing_behind_once_the_target_is_closed(
+    tmp_path: Path, corpus: Corpus, uninterrupted: dict[str, bytes]
+) -> None:
+    target = Gated()
+
+    def interrupt(trial: int, stage: str) -> None:
+        if stage == "train":
+            raise KeyboardInterrupt
+
+    run, outcome = run_search(tmp_path / "run", corpus, target=target, view=Listener(interrupt))
+    assert outcome.interrupted
+    target.close()
+    # The next session's first compile waits until the thread is free, so the folder is gone by then.
+    run_search(tmp_path / "run", corpus)
+    assert not (run.path / "artifacts").exists()
     assert contents(run.path) == uninterrupted
 
 
@@ -323,8 +417,18 @@ def test_a_failure_costs_one_trial(tmp_path: Path, corpus: Corpus, at: str, erro
     states = [e.state for e in outcome.evaluations]
     assert states == ["complete", "failed", "complete"]
     assert outcome.evaluations[1].reason == reason
-    assert outcome.evaluations[1].score is None
+    assert outcome.evaluations[1].score is not None  # trained meanwhile
+    assert outcome.evaluations[1].measurement is None
+    assert not run.weights_path(1).exists()
     assert not (run.path / "artifacts").exists()
+
+
+def test_a_failure_before_training_spares_it(tmp_path: Path, corpus: Corpus) -> None:
+    given = settings(max_latency_s=10.0)
+    run, outcome = run_search(tmp_path / "run", corpus, trials=3, target=Fragile(TargetError("no"), "compile"), given=given)
+    assert [e.state for e in outcome.evaluations] == ["complete", "failed", "complete"]
+    assert outcome.evaluations[1].score is None
+    assert (1, "train") not in {(entry["trial"], entry["step"]) for entry in run.log_entries()}
 
 
 def test_a_full_disk_is_not_a_failed_trial(tmp_path: Path, corpus: Corpus) -> None:

@@ -202,3 +202,14 @@ def test_times_that_are_noisy_or_slow_are_marked() -> None:
     assert "200 " in text
     assert "~ times spread widely, or the device ran slow" in text
     assert "~" not in shown(front_table([steady]))
+
+
+def test_a_precision_is_a_word_and_a_column_only_where_it_is_told() -> None:
+    plain, small = trial(0), trial(1, 2.0, 0.1, weights="int8")
+    assert "weights" not in parseable_line(plain)
+    assert " state=complete weights=int8 params=" in parseable_line(small)
+    assert "weights" not in shown(front_table([plain]))
+    for width in (80, 140):
+        rows = shown(front_table([plain, small], width=width), width).splitlines()
+        assert "weights" in rows[0]
+        assert [word for row in rows for word in ("fp32", "int8") if word in row.split()] == ["fp32", "int8"]

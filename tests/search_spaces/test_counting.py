@@ -5,15 +5,20 @@ import sys
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from strategies import configs, random_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cost_models.program import build_program
 from search_spaces import counting
 from search_spaces.config import InvalidConfig, SLMConfig
 from search_spaces.counting import count, decode_flops, prefill_flops
 from search_spaces.model import SLM
+from search_spaces.precision import PRECISIONS, matrix_bytes
+from search_spaces.quantisation import quantised_names
 from search_spaces.references import reference
+from search_spaces.workload import RequestTokens
 
 TINY = SLMConfig(vocab_size=100, d_model=32, num_layers=2, num_heads=4, ffn_dim=64, context=16)
 
@@ -72,7 +77,11 @@ def test_flops_by_hand():
         "ffn": 2 * 2 * 3 * 32 * 64,
         "head": 2 * 32 * 100,
     }
-    assert counting.prefill_flops_by_component(TINY, 8)["attention_scores"] == 2 * 2 * 2 * 8 * 8 * 32
+    whole = counting.prefill_flops_by_component(TINY, 8)
+    assert whole["attention_scores"] == 2 * 2 * 2 * 8 * 8 * 32
+    # Row s of the needed half has s + 1 scores.
+    needed = whole | {"attention_scores": 2 * 2 * 2 * sum(range(1, 9)) * 32}
+    assert counting.prefill_flops_by_component(TINY, 8, masked=False) == needed
     assert decode_flops(TINY, 0) == decode_flops(TINY, 10) - 2 * 2 * 2 * 10 * 32
 
 
@@ -90,12 +99,28 @@ def test_weight_bytes_equal_the_constants_a_model_holds(seed):
     model = SLM(config, device="meta")
     held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     assert counting.weight_bytes(config) == held
-    assert counting.weight_bytes(config, bytes_per_value=2) * 2 == held
+
+
+@given(configs(), st.sampled_from(PRECISIONS))
+@settings(max_examples=24, deadline=None)
+def test_weight_bytes_of_a_precision_are_those_of_the_program_that_is_deployed(config, precision):
+    assert counting.weight_bytes(config, precision) == build_program(config, RequestTokens(prompt=3, generated=2), precision).weight_bytes
+
+
+@given(configs())
+@settings(max_examples=40, deadline=None)
+def test_only_what_is_quantised_gets_smaller(config):
+    model = SLM(config, device="meta")
+    quantised = [tuple(model.get_parameter(name).shape) for name in quantised_names(model)]
+    for precision in PRECISIONS:
+        saved = sum(4 * rows * columns - matrix_bytes(rows, columns, precision) for rows, columns in quantised)
+        assert counting.param_bytes(config) - counting.param_bytes(config, precision) == saved
+        assert counting.peak_bytes(config) - counting.peak_bytes(config, precision=precision) == saved
 
 
 def test_latent_cache_is_its_rank_and_rotary_part():
     mla = SLMConfig(vocab_size=100, d_model=64, num_layers=3, attention="mla", num_heads=4, kv_rank=12, rotary_dim=6)
-    assert counting.kv_bytes_per_token(mla, bytes_per_value=2) == 3 * (12 + 6) * 2
+    assert counting.kv_bytes_per_token(mla) == 3 * (12 + 6) * 4
 
 
 def test_sharing_saves_parameters_but_neither_flops_nor_cache_nor_reads():
@@ -120,17 +145,32 @@ def test_bytes_read_by_hand():
         "kv_cache": 4 * 2 * 10 * 2 * 32,
     }
     assert counting.bytes_read_by_component(TINY, tokens=6)["embedding"] == 6 * 4 * 32
+    # A group of 32 inputs is 16 bytes and a scale of 2; down projections have two groups a row. Norms and cache are floats.
+    assert counting.bytes_read_by_component(TINY, context=10, precision="int4") == read | {
+        "embedding": 18,
+        "attention": 2 * 4 * 32 * 18,
+        "ffn": 2 * (2 * 64 * 18 + 32 * 2 * 18),
+        "head": 100 * 18,
+    }
 
 
 @given(configs())
 @settings(max_examples=60, deadline=None)
 def test_reading_misses_no_weight(config):
     """Without sharing and tables, one decode step reads each weight exactly once."""
+    if config.sharing != "none":
+        return
     counts = count(config, context=0)
-    if config.sharing == "none":
-        tables = ("embedding", "positions", "head")
-        held = {k: 4 * v for k, v in counts.params_by_component.items() if k not in tables}
-        assert {k: v for k, v in counts.bytes_read_by_component.items() if k not in tables} == held
+    tables = ("embedding", "positions", "head")
+    held = {k: 4 * v for k, v in counts.params_by_component.items() if k not in tables}
+    assert {k: v for k, v in counts.bytes_read_by_component.items() if k not in tables} == held
+    tables_bytes = counting.weight_bytes(config) - sum(held.values())
+    for precision in PRECISIONS:
+        counts = count(config, context=0, precision=precision)
+        read = sum(v for k, v in counts.bytes_read_by_component.items() if k not in tables)
+        stored_tables = counts.weight_bytes - read
+        matrix = matrix_bytes(config.vocab_size, config.d_model, precision) - 4 * config.vocab_size * config.d_model
+        assert stored_tables == tables_bytes + matrix * (1 if config.tie_embeddings else 2)
 
 
 def test_counts_put_it_together():

@@ -5,7 +5,10 @@ import json
 import os
 import platform
 import shutil
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,10 @@ from search_spaces.workload import RequestTokens
 from targets.local import LocalTarget
 from targets.measurement import Measurement, Timing
 from targets.program import Program, Stage
+from targets.quiet import working
 from targets.spec import DeviceSpec, load_spec
 from targets.target import TargetError
+from targets.worker import Worker
 
 MIB = 1 << 20
 SMALL = SLMConfig(vocab_size=61, d_model=32, num_layers=2, num_heads=4, ffn_dim=40, context=32)
@@ -110,11 +115,11 @@ def test_a_damaged_record_is_made_again(damage: str, found_out: tuple[DeviceSpec
 def test_a_cache_from_another_machine_does_not_say_what_this_one_is(found_out: tuple[DeviceSpec, Path], tmp_path: Path) -> None:
     spec, cache = found_out
     mine = Path(shutil.copytree(cache, tmp_path / "cache"))
-    for path in list(mine.glob("ceilings-*")) + list(mine.glob("probe-*")):
+    for path in [path for what in ("ceilings", "probe", "tuning") for path in mine.glob(f"{what}*-tvm*")]:
         path.rename(path.with_name(path.name.replace(str(spec.cpu), "another-cpu")))
     target = LocalTarget(load_spec("local"), mine)
     assert target.spec.cpu == spec.cpu
-    assert len(list(mine.glob(f"probe-*{spec.cpu}*"))) == 1
+    assert len(list(mine.glob(f"probe*{spec.cpu}*"))) == len(list(mine.glob(f"tuning*{spec.cpu}*"))) == 1
     target.close()
 
 
@@ -172,6 +177,51 @@ def test_a_compile_that_hangs_ends_at_its_time_limit(local_target: LocalTarget, 
         local_target.compile(sabotaged(Exports("hang")), tmp_path / "bad")
 
 
+def test_closing_ends_a_compile_that_another_thread_waits_for(local_spec: DeviceSpec, kernel_cache: Path, tmp_path: Path) -> None:
+    target = LocalTarget(local_spec, kernel_cache)
+    assert target.spec.cpu
+    with ThreadPoolExecutor(1) as pool:
+        compiling = pool.submit(target.compile, sabotaged(Exports("hang")), tmp_path / "bad")
+        while not (tmp_path / "bad").exists():  # until the worker is at it
+            assert not compiling.done()
+            time.sleep(0.01)
+        worker = target._compiling_process
+        assert worker is not None
+        target.close()
+        with pytest.raises(TargetError, match="compiling failed: the process was ended by SIGKILL"):
+            compiling.result()
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+def test_a_program_is_timed_only_when_other_work_has_stopped(
+    local_target: LocalTarget, small: Path, quick: Timing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while another thread works; its own work, of which measuring is a part, is let go of meanwhile."""
+    at_work, times = threading.Event(), [0.0, 0.0]
+
+    def work() -> None:
+        with working():
+            at_work.set()
+            time.sleep(0.2)
+            times[0] = time.monotonic()
+
+    def ask(worker: Worker, *args: Any, **kwargs: Any) -> Any:
+        if args[2] == "targets.tvm_run:run_job":
+            times[1] = time.monotonic()
+        return original(worker, *args, **kwargs)
+
+    original = LocalTarget._ask
+    monkeypatch.setattr(LocalTarget, "_ask", staticmethod(ask))
+    other = threading.Thread(target=work)
+    other.start()
+    assert at_work.wait(30)
+    with working():
+        local_target.measure(small, make_sample(SMALL, TOKENS, 0), quick)
+    other.join()
+    assert 0 < times[0] <= times[1]
+
+
 def test_a_program_that_runs_too_long_is_ended_and_the_next_one_runs(local_target: LocalTarget, small: Path, quick: Timing) -> None:
     endless = Timing(repeats=10**9, min_repeat_s=0.01, budget_s=1e9, timeout_s=4.0)
     with pytest.raises(TargetError, match="measuring failed: no answer within 4 s"):
@@ -205,6 +255,7 @@ def test_raw_times_are_kept_one_for_each_repeat(local_target: LocalTarget, small
         assert all(0 < t < 10 for t in times)
     assert found.device == "local"
     assert found.attempts == 1
+    assert found.quiet is True
 
 
 def test_a_used_up_budget_still_takes_five_times(local_target: LocalTarget, small: Path) -> None:
@@ -240,13 +291,34 @@ def test_workspace_is_counted_for_each_function(large: Measurement) -> None:
     assert LARGE.vocab_size * 4 <= large.workspace_bytes["decode"] < large.workspace_bytes["prefill"]
 
 
-def test_tied_weights_are_kept_as_a_table_and_as_a_packed_matrix(local_target: LocalTarget, small: Path, quick: Timing) -> None:
-    """Rows are gathered from one form and multiplied in the other; nothing else is kept twice."""
+def test_tied_weights_are_kept_once(local_target: LocalTarget, small: Path, quick: Timing) -> None:
+    """Rows are gathered from the same packed array that the output layer multiplies with."""
     found = local_target.measure(small, make_sample(SMALL, TOKENS, 0), quick)
     manifest: dict[str, Any] = json.loads((small / "manifest.json").read_text())
     names = [name for name, _ in manifest["weights"]]
-    assert sorted(name for name in names if names.count(name) > 1) == ["embed.tokens.weight"] * 2
-    assert found.packed_bytes > build_program(SMALL, TOKENS).weight_bytes
+    assert len(names) == len(set(names)) == len(build_program(SMALL, TOKENS).weights)
+    # Tables are padded to whole tiles, and nothing else is added.
+    assert 0 <= found.packed_bytes - build_program(SMALL, TOKENS).weight_bytes < 4 * 64 * SMALL.d_model * len(names)
+
+
+def test_a_tuning_is_found_once_and_kept(found_out: tuple[DeviceSpec, Path], tmp_path: Path) -> None:
+    """What is kept is taken without trying again, unless it is nothing that would have been tried."""
+    _, cache = found_out
+    mine = Path(shutil.copytree(cache, tmp_path / "cache"))
+    target = LocalTarget(load_spec("local"), mine)
+    (path,) = mine.glob(f"tuning-*-{target.spec.cores}x{target.spec.vector_bytes}.json")
+    cpu = dataclasses.replace(target.cpu, tuned=None)
+    assert json.loads(path.read_text()) == dataclasses.asdict(target.cpu.tuning)
+    target.close()
+    other = next(row for tuning in cpu.variants() for row in cpu.row_variants(tuning) if row != target.cpu.tuning)
+    path.write_text(json.dumps(dataclasses.asdict(other)))
+    target = LocalTarget(load_spec("local"), mine)
+    assert target.cpu.tuning == other
+    target.close()
+    path.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(other, tile_rows=1000))))
+    target = LocalTarget(load_spec("local"), mine)
+    assert target.cpu.tuning in [row for tuning in cpu.variants() for row in cpu.row_variants(tuning)]
+    target.close()
 
 
 def test_the_measuring_process_holds_no_other_threads_than_tvms(local_target: LocalTarget, small: Path, quick: Timing) -> None:

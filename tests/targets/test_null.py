@@ -20,9 +20,9 @@ def never(*_: Any) -> NoReturn:
     raise AssertionError("the null target must neither export nor write anything")
 
 
-def program(width: int = 64, layers: int = 2, prompt: int = 5) -> Program:
+def program(width: int = 64, layers: int = 2, prompt: int = 5, dtype: str = "float32") -> Program:
     """A stack of square layers with one row of state each; nothing says what it computes."""
-    weights = {f"w{i}": TensorSpec(shape=(width, width)) for i in range(layers)}
+    weights = {f"w{i}": TensorSpec(shape=(width, width), dtype=dtype) for i in range(layers)}
     state = {f"s{i}": TensorSpec(shape=(1, "C", width)) for i in range(layers)}
     calls = tuple(Call(stage="layer", inputs=("x",), weights={"w": name}, outputs=("x",)) for name in weights)
     functions = {
@@ -37,7 +37,7 @@ def sample(rows: int = 10) -> Sample:
     return Sample(write=never, steps=steps, timed={"prefill": ({}, 0), "decode": ({}, rows)})
 
 
-def measure(folder: Path, rows: int = 10, timing: Timing = Timing(repeats=3), **sizes: int) -> Measurement:  # noqa: B008
+def measure(folder: Path, rows: int = 10, timing: Timing = Timing(repeats=3), **sizes: Any) -> Measurement:  # noqa: B008
     target = NullTarget(SPEC)
     return target.measure(target.compile(program(**sizes), folder), sample(rows), timing)
 
@@ -58,6 +58,14 @@ def test_times_follow_from_counted_bytes_and_operations(tmp_path: Path) -> None:
 def test_a_long_prefill_takes_the_time_of_its_operations(tmp_path: Path) -> None:
     m = measure(tmp_path, prompt=100)
     assert m.median_s("prefill") == pytest.approx(1e-6 + 2 * 100 * 2 * 64 * 64 / 1e10)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float16", 16), ("int8", 8), ("int4", 4)])
+def test_smaller_values_are_read_faster_and_computed_no_faster(tmp_path: Path, dtype: str, bits: int) -> None:
+    full, fewer = (measure(tmp_path / name, rows=0, prompt=100, dtype=name) for name in ("float32", dtype))
+    assert fewer.packed_bytes == full.packed_bytes * bits // 32
+    assert fewer.median_s("decode") - 1e-6 == pytest.approx((full.median_s("decode") - 1e-6) * bits / 32)
+    assert fewer.median_s("prefill") == full.median_s("prefill")
 
 
 def test_the_same_program_takes_the_same_time_and_is_never_noisy(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """The compiled program gives PyTorch's logits and cache rows, in prefill and in eight decode steps, for every choice.
 
+With fewer bits than fp32 the reference is PyTorch on the dequantised weights.
 `LocalTarget.measure` compares each output of each step and refuses a relative error above 1e-4, so a test
 passes by measuring; the tests at the end show that it does refuse.
 """
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from strategies import random_config
 from cost_models.measured import DECODE_STEPS, make_sample
 from cost_models.program import build_program
 from search_spaces.config import SLMConfig
+from search_spaces.quantisation import PRECISIONS, Precision
 from search_spaces.workload import RequestTokens
 from targets.local import LocalTarget
 from targets.measurement import Measurement, Timing
@@ -116,9 +118,17 @@ def combination(rng: random.Random) -> SLMConfig:
     return dataclasses.replace(config, d_model=rng.choice((32, 45)), vocab_size=rng.choice((61, 200)), context=rng.choice((32, 41)))
 
 
-def measure(target: LocalTarget, folder: Path, config: SLMConfig, tokens: RequestTokens, timing: Timing, seed: int = 0) -> Measurement:
-    artifact = target.compile(build_program(config, tokens), folder)
-    return target.measure(artifact, make_sample(config, tokens, seed), timing)
+def measure(
+    target: LocalTarget,
+    folder: Path,
+    config: SLMConfig,
+    tokens: RequestTokens,
+    timing: Timing,
+    seed: int = 0,
+    precision: Precision = "fp32",
+) -> Measurement:
+    artifact = target.compile(build_program(config, tokens, precision), folder)
+    return target.measure(artifact, make_sample(config, tokens, seed, precision=precision), timing)
 
 
 def problem(found: Measurement) -> str | None:
@@ -128,22 +138,39 @@ def problem(found: Measurement) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_a_choice_alone_agrees_with_pytorch(choice: str, local_target: LocalTarget, tmp_path: Path, quick: Timing) -> None:
+TELLING = ("mha", "gqa", "mla-query-rank", "d-model-odd", "untied", "learned", "biases-mla", "shortcuts", "wide")
+"""Choices that are always tried in fewer bits; the others only where `-m ""` asks for every test."""
+
+
+def every(values: Iterable[Any], always: Callable[[Any, Precision], bool]) -> list[Any]:
+    """Each value in each precision, marked slow where it is not always tried."""
+    return [
+        pytest.param(value, precision, marks=() if always(value, precision) else pytest.mark.slow)
+        for precision in PRECISIONS
+        for value in values
+    ]
+
+
+@pytest.mark.parametrize(("choice", "precision"), every(CHOICES, lambda choice, precision: precision == "fp32" or choice in TELLING))
+def test_a_choice_alone_agrees_with_pytorch(
+    choice: str, precision: Precision, local_target: LocalTarget, tmp_path: Path, quick: Timing
+) -> None:
     config = make(**CHOICES[choice])
-    found = measure(local_target, tmp_path / "program", config, request(config, random.Random(choice)), quick)
-    assert problem(found) is None
+    tokens = request(config, random.Random(choice))
+    assert problem(measure(local_target, tmp_path / "program", config, tokens, quick, precision=precision)) is None
 
 
-@pytest.mark.parametrize("group", range(20))
-def test_random_combinations_agree_with_pytorch(group: int, local_target: LocalTarget, tmp_path: Path, quick: Timing) -> None:
+@pytest.mark.parametrize(("group", "precision"), every(range(20), lambda group, precision: PRECISIONS[group % 4] == precision))
+def test_random_combinations_agree_with_pytorch(
+    group: int, precision: Precision, local_target: LocalTarget, tmp_path: Path, quick: Timing
+) -> None:
     failures = []
     for seed in range(10 * group, 10 * group + 10):
         rng = random.Random(seed)
         config = combination(rng)
         tokens = request(config, rng)
         try:
-            what = problem(measure(local_target, tmp_path / str(seed), config, tokens, quick, seed))
+            what = problem(measure(local_target, tmp_path / str(seed), config, tokens, quick, seed, precision))
         except TargetError as error:
             what = str(error)
         if what is not None:

@@ -1,5 +1,6 @@
 """Kernels on their own: what they compute against NumPy and PyTorch, and what instructions they become."""
 
+import dataclasses
 import platform
 import re
 from typing import Any
@@ -11,11 +12,13 @@ from kernel_helpers import build, call, prim_func
 from numpy.typing import NDArray
 from tvm import te, topi
 
-from targets.cpu import Cpu
+from search_spaces.quantisation import Precision, bits, dequantise, quantise
+from targets.cpu import Cpu, Tuning
 from targets.layout import Layout, packed_shape
 from targets.schedules import legalize
-from targets.schedules.attention import causal_attention
-from targets.tvm_import import _packed_product, _product
+from targets.schedules.dot import can_dot, dot_product
+from targets.schedules.weights import WeightSpec, packed_gather, packed_product
+from targets.tvm_import import _product
 from targets.tvm_probe import detect
 
 CPUS = [
@@ -43,8 +46,9 @@ def relative_error(got: NDArray[Any], expected: NDArray[Any]) -> float:
 
 def packed_kernel(rows: int, n: int, k: int, cpu: Cpu, name: str, lead: tuple[int, ...] = (1,)) -> Any:
     x = te.placeholder((*lead, rows, k), name="x")
-    packed = te.placeholder(packed_shape(n, k, cpu.tile_columns), name="packed")
-    return prim_func([x, packed, _packed_product(x, packed, n)], name)
+    weight = WeightSpec(rows=n, columns=k, tile=cpu.tile_columns)
+    packed = te.placeholder(weight.shapes[0], name="packed")
+    return prim_func([x, packed, packed_product(weight, x, packed)], name)
 
 
 # --- packed products ------------------------------------------------------------------------
@@ -68,11 +72,12 @@ def test_packed_product_takes_its_epilogue_along(n: int) -> None:
     x = te.placeholder((1, rows, k), name="x")
     packed = te.placeholder(packed_shape(n, k, cpu.tile_columns), name="packed")
     bias, residual = te.placeholder((n,), name="bias"), te.placeholder((1, rows, n), name="residual")
-    out = topi.add(topi.nn.relu(topi.add(_packed_product(x, packed, n), bias)), residual)
+    weight = WeightSpec(rows=n, columns=k, tile=cpu.tile_columns)
+    out = topi.add(topi.nn.relu(topi.add(packed_product(weight, x, packed), bias)), residual)
     library = build({"f": prim_func([x, packed, bias, residual, out], "f")}, cpu)
-    xs, weight, b, r = random(1, rows, k), random(n, k, seed=1), random(n, seed=2), random(1, rows, n, seed=3)
-    got = call(library, "f", xs, Layout(tile=cpu.tile_columns).apply(weight), b, r, out=(1, rows, n))
-    assert relative_error(got, np.maximum(xs @ weight.T + b, 0) + r) < 2e-6
+    xs, matrix, b, r = random(1, rows, k), random(n, k, seed=1), random(n, seed=2), random(1, rows, n, seed=3)
+    got = call(library, "f", xs, Layout(tile=cpu.tile_columns).apply(matrix), b, r, out=(1, rows, n))
+    assert relative_error(got, np.maximum(xs @ matrix.T + b, 0) + r) < 2e-6
 
 
 def test_packed_product_is_made_of_full_width_fused_multiply_adds() -> None:
@@ -98,11 +103,94 @@ def test_packed_product_is_made_of_full_width_fused_multiply_adds() -> None:
 
 
 @pytest.mark.parametrize("cpu", CPUS, ids=cpu_id)
+def test_every_tuning_that_may_be_tried_fits_the_registers(cpu: Cpu) -> None:
+    assert cpu.default_tuning in cpu.variants()
+    for tuning in cpu.variants():
+        assert tuning.tile_rows * tuning.tile_vectors + tuning.tile_vectors + 1 <= cpu.registers
+        assert tuning in cpu.row_variants(tuning)
+
+
+@pytest.mark.parametrize("tuning", CPUS[-1].variants()[::3] + CPUS[-1].row_variants(CPUS[-1].default_tuning)[1:], ids=str)
+def test_every_tuning_gives_numpys_product(tuning: Tuning) -> None:
+    cpu = dataclasses.replace(CPUS[-1], tuned=tuning)
+    library = build({f"f{rows}x{n}": packed_kernel(rows, n, 24, cpu, f"f{rows}x{n}") for rows in (1, 13) for n in (100, 256)}, cpu)
+    for rows in (1, 13):
+        for n in (100, 256):
+            x, weight = random(1, rows, 24, seed=1), random(n, 24, seed=2)
+            got = call(library, f"f{rows}x{n}", x, Layout(tile=cpu.tile_columns).apply(weight), out=(1, rows, n))
+            assert relative_error(got, x.astype(np.float64) @ weight.T.astype(np.float64)) < 2e-6
+
+
+@pytest.mark.parametrize("cpu", CPUS, ids=cpu_id)
 def test_a_register_tile_fits_the_registers(cpu: Cpu) -> None:
     vectors = cpu.tile_columns // cpu.lanes
     assert cpu.tile_columns % cpu.lanes == 0
     assert 1 <= cpu.tile_rows <= 8
     assert cpu.tile_rows * vectors + vectors + 1 <= cpu.registers
+
+
+# --- weights in fewer bits ----------------------------------------------------------------------
+
+
+def quantised(n: int, k: int, precision: Precision, cpu: Cpu) -> tuple[WeightSpec, list[NDArray[Any]], NDArray[np.float32]]:
+    """A weight: what it is, its packed arrays, and its values as float32."""
+    values, scales = quantise(torch.from_numpy(random(n, k, seed=n + k)), precision)
+    groups = 0 if scales is None else scales.shape[1]
+    spec = WeightSpec(rows=n, columns=k, tile=cpu.tile_columns, bits=bits(precision), groups=groups)
+    parts = [values] if scales is None else [values, scales]
+    arrays = [layout.apply(part.numpy()) for layout, part in zip(spec.layouts(), parts, strict=True)]
+    assert tuple(array.shape for array in arrays) == spec.shapes
+    return spec, arrays, dequantise(values, scales, bits(precision)).numpy()
+
+
+def placeholders(spec: WeightSpec) -> list[te.Tensor]:
+    return [te.placeholder(shape, dtype=layout.dtype, name="w") for shape, layout in zip(spec.shapes, spec.layouts(), strict=True)]
+
+
+@pytest.mark.parametrize("cpu", [CPUS[1], CPUS[3]], ids=cpu_id)
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_products_and_lookups_of_fewer_bits_are_those_of_the_dequantised_weight(precision: Precision, cpu: Cpu) -> None:
+    functions, runs = {}, []
+    for n, k in ((33, 7), (64, 64), (100, 70)):
+        spec, arrays, weight = quantised(n, k, precision, cpu)
+        for rows in (1, 9):
+            x, packed = te.placeholder((1, rows, k), name="x"), placeholders(spec)
+            name = f"f{n}x{k}x{rows}"
+            functions[name] = prim_func([x, *packed, packed_product(spec, x, *packed)], name)
+            xs = random(1, rows, k, seed=3)
+            runs.append((name, [xs, *arrays], xs.astype(np.float64) @ weight.T.astype(np.float64)))
+        ids, packed, name = te.placeholder((1, 5), dtype="int64", name="ids"), placeholders(spec), f"g{n}x{k}"
+        functions[name] = prim_func([ids, *packed, packed_gather(spec, ids, *packed)], name)
+        rows_taken = np.array([[0, n - 1, n // 2, 1, 0]])
+        runs.append((name, [rows_taken, *arrays], weight[rows_taken].astype(np.float64)))
+    library = build(functions, cpu)
+    for name, arguments, expected in runs:
+        assert relative_error(call(library, name, *arguments, out=expected.shape), expected) < 2e-6, name
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_byte_dot_products_are_as_near_as_float_ones(precision: Precision) -> None:
+    """Also for rows of very different magnitudes, of zeros, and of a depth that is no whole number of groups."""
+    found = detect()
+    if not found["dot"]:
+        pytest.skip("this processor has no byte dot products that are known here")
+    cpu = Cpu(vector_bytes=found["vector_bytes"], registers=32, cores=2, dot=found["dot"])
+    functions, runs = {}, []
+    for n, k in ((33, 7), (64, 64), (100, 70), (32, 576)):
+        spec, arrays, weight = quantised(n, k, precision, cpu)
+        assert can_dot(spec, cpu, (1, 1, k))
+        functions[f"f{n}x{k}"] = dot_product(spec, cpu).with_attr("global_symbol", f"f{n}x{k}")
+        for scale in (1.0, 1e-6, 1e6, 0.0):
+            xs = scale * random(1, 1, k, seed=4) * np.exp(2 * random(1, 1, k, seed=5))
+            runs.append((f"f{n}x{k}", [xs.astype(np.float32), *arrays], xs.astype(np.float64) @ weight.T.astype(np.float64), n, spec))
+    library = build(functions, cpu)
+    for name, arguments, expected, n, spec in runs:
+        got = call(library, name, *arguments, out=(1, 1, spec.tiles * spec.tile))
+        assert not got[..., n:].any()
+        if expected.any():
+            assert relative_error(got[..., :n], expected) < 2e-6, name
+        else:
+            assert not got.any()
 
 
 # --- products of activations -----------------------------------------------------------------
@@ -128,33 +216,6 @@ def test_product_reads_its_second_operand_through_a_view(cpu: Cpu) -> None:
         a, b = random(*a_shape, seed=3), random(*b_shape, seed=4)
         expected = a @ b.transpose(order)
         assert relative_error(call(library, name, a, b, out=expected.shape), expected) < 2e-6, name
-
-
-@pytest.mark.parametrize(
-    ("tokens", "heads", "kv_heads", "width", "value_width"),
-    [(1, 2, 2, 8, 8), (2, 4, 1, 16, 16), (9, 6, 2, 7, 7), (33, 4, 4, 12, 5), (40, 8, 2, 32, 64), (3, 1, 1, 1, 1)],
-)
-def test_causal_attention_is_numpys(tokens: int, heads: int, kv_heads: int, width: int, value_width: int) -> None:
-    kernel = causal_attention(tokens, heads, kv_heads, width, value_width).with_attr("global_symbol", "f")
-    library = build({"f": kernel}, CPUS[-1])
-    q = 3 * random(1, tokens, heads, width)
-    k, v = random(1, tokens, kv_heads, width, seed=1), random(1, tokens, kv_heads, value_width, seed=2)
-    got = call(library, "f", q, k, v, out=(1, tokens, heads, value_width))
-    kk, vv = (np.repeat(a.astype(np.float64), heads // kv_heads, axis=2) for a in (k, v))
-    scores = np.einsum("bshd,bthd->bhst", q.astype(np.float64), kk) / np.sqrt(width)
-    scores[..., ~np.tril(np.ones((tokens, tokens), bool))] = -np.inf
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    expected = np.einsum("bhst,bthd->bshd", p / p.sum(-1, keepdims=True), vv)
-    assert relative_error(got, expected) < 2e-6
-
-
-def test_causal_attention_survives_scores_that_would_overflow() -> None:
-    library = build({"f": causal_attention(4, 1, 1, 4, 4).with_attr("global_symbol", "f")}, CPUS[-1])
-    q = np.full((1, 4, 1, 4), 100.0, np.float32)
-    v = random(1, 4, 1, 4)
-    got = call(library, "f", q, q, v, out=(1, 4, 1, 4))  # every score is 20,000, so rows are running means
-    expected = np.cumsum(v[0, :, 0], axis=0) / np.arange(1, 5)[:, None]
-    assert relative_error(got[0, :, 0], expected) < 2e-6
 
 
 # --- activations ------------------------------------------------------------------------------
