@@ -13,7 +13,7 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
-from targets.layout import Layout
+from targets.layout import StoredArray
 
 _VIEW = ""
 """The symbol of a step that calls nothing."""
@@ -53,12 +53,12 @@ class CompiledStage:
     """Values are numbered: the inputs, the weights, then every step's results.
 
     Attributes:
-        weights: for each weight argument the stage's own name and how to lay it out.
+        weights: each weight argument, by the stage's own names.
         outputs: numbers of the values that the stage gives.
     """
 
     inputs: tuple[TensorForm, ...]
-    weights: tuple[tuple[str, Layout], ...]
+    weights: tuple[StoredArray, ...]
     weight_forms: tuple[TensorForm, ...]
     steps: tuple[KernelStep, ...]
     outputs: tuple[int, ...]
@@ -72,7 +72,7 @@ class CompiledStage:
         """Plain JSON values."""
         return {
             "inputs": [[form.shape, form.dtype] for form in self.inputs],
-            "weights": [[name, layout.to_json()] for name, layout in self.weights],
+            "weights": [weight.to_json() for weight in self.weights],
             "weight_forms": [[form.shape, form.dtype] for form in self.weight_forms],
             "steps": [[s.symbol, s.arguments, [[form.shape, form.dtype] for form in s.results]] for s in self.steps],
             "outputs": self.outputs,
@@ -87,7 +87,7 @@ class CompiledStage:
         """
         return cls(
             inputs=_forms(values["inputs"]),
-            weights=tuple((name, Layout.from_json(layout)) for name, layout in values["weights"]),
+            weights=tuple(StoredArray.from_json(weight) for weight in values["weights"]),
             weight_forms=_forms(values["weight_forms"]),
             steps=tuple(
                 KernelStep(symbol=symbol, arguments=_tuples(arguments), results=_forms(results))
@@ -109,7 +109,7 @@ def _tuples(values: Sequence[Any]) -> tuple[Any, ...]:
 # --- from Relax ---------------------------------------------------------------------------------
 
 
-def stage_steps(function: Any, symbols: Mapping[Any, str], weights: tuple[tuple[str, Layout], ...]) -> CompiledStage:
+def stage_steps(function: Any, symbols: Mapping[Any, str], weights: tuple[StoredArray, ...]) -> CompiledStage:
     """A lowered Relax function as a compiled stage.
 
     Args:
@@ -128,7 +128,7 @@ class _Reader:
         """A variable -> the values it stands for; several for a tuple."""
         self._count = 0
 
-    def read(self, function: Any, weights: tuple[tuple[str, Layout], ...]) -> CompiledStage:
+    def read(self, function: Any, weights: tuple[StoredArray, ...]) -> CompiledStage:
         for param in function.params:
             self._numbers[param] = self._new(1)
         steps = []

@@ -1,5 +1,6 @@
 """`Layout`: how a weight lies in a device's memory, as data: made ahead of time, applied with NumPy."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -62,6 +63,36 @@ class Layout:
         """The inverse of `to_json`."""
         views, tile, word, dtype = values
         return cls(views=tuple((kind, tuple(argument)) for kind, argument in views), tile=tile, word=word, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredArray:
+    """An array that a device holds: weights by name, each in the layout, joined along the first axis.
+
+    Weights that multiply the same input are joined, so that a kernel may take them as one.
+    """
+
+    names: tuple[str, ...]
+    layout: Layout = Layout()
+
+    def apply(self, read: Callable[[str], NDArray[Any]]) -> NDArray[Any]:
+        """The array, from a function that gives a weight by name."""
+        parts = [self.layout.apply(read(name)) for name in self.names]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def renamed(self, names: Mapping[str, str]) -> "StoredArray":
+        """The same of the weights that these names stand for."""
+        return StoredArray(names=tuple(names[name] for name in self.names), layout=self.layout)
+
+    def to_json(self) -> list[Any]:
+        """Plain values for a manifest."""
+        return [list(self.names), self.layout.to_json()]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> "StoredArray":
+        """The inverse of `to_json`."""
+        names, layout = values
+        return cls(names=tuple(names), layout=Layout.from_json(layout))
 
 
 def packed_shape(rows: int, columns: int, tile: int) -> tuple[int, int, int]:

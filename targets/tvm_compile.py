@@ -21,7 +21,7 @@ from targets.cpu import Cpu
 from targets.forked import in_parallel
 from targets.job import LIBRARY, MANIFEST
 from targets.kernels import KernelCache
-from targets.layout import Layout
+from targets.layout import StoredArray
 from targets.link import link_shared
 from targets.program import Function, Program, Stage, TensorSpec
 from targets.schedules.legalize import legalization
@@ -40,7 +40,7 @@ class LoweredStage:
     """A stage as scheduled kernels and the Relax function that calls them."""
 
     module: Any
-    weights: tuple[tuple[str, Layout], ...]
+    weights: tuple[StoredArray, ...]
 
 
 def compile_program(program: Program, llvm: Mapping[str, Any], cpu: Cpu, cache_dir: Path, out_dir: Path) -> Path:
@@ -70,7 +70,7 @@ def compile_program(program: Program, llvm: Mapping[str, Any], cpu: Cpu, cache_d
     link_shared(executable, out_dir / LIBRARY, [path for symbol in symbols if (path := kernels.find(symbol))])
     manifest = {
         "functions": {name: _function_manifest(f, program) for name, f in program.functions.items()},
-        "weights": [[name, layout.to_json()] for name, layout in weights],
+        "weights": [weight.to_json() for weight in weights],
         "state": {name: [list(spec.shape), spec.dtype] for name, spec in program.state.items()},
         "rows": program.bounds["C"],
         "workspace_bytes": workspace,
@@ -134,18 +134,18 @@ def compile_stage(stage: Stage, cpu: Cpu, kernels: KernelCache, cache: StageCach
     return compiled
 
 
-def link_program(program: Program, stages: Mapping[str, CompiledStage]) -> tuple[Any, list[tuple[str, Layout]]]:
-    """One module whose functions call their stages' kernels; also which weights, in which layout, they take.
+def link_program(program: Program, stages: Mapping[str, CompiledStage]) -> tuple[Any, list[StoredArray]]:
+    """One module whose functions call their stages' kernels; also the arrays of weights they take.
 
     Every function takes its inputs, its state, and one tuple of all weights.
     """
     sizes = {name: tirx.Var(name, "int64") for name in program.bounds}
-    weights: dict[tuple[str, Layout], TensorForm] = {}
+    weights: dict[StoredArray, TensorForm] = {}
     for function in program.functions.values():
         for call in function.calls:
             stage = stages[call.stage]
-            for (local, layout), form in zip(stage.weights, stage.weight_forms, strict=True):
-                weights.setdefault((call.weights[local], layout), form)
+            for weight, form in zip(stage.weights, stage.weight_forms, strict=True):
+                weights.setdefault(weight.renamed(call.weights), form)
     builder = relax.BlockBuilder()
     for function in program.functions.values():
         _add_function(builder, program, function, stages, weights, sizes)
@@ -160,7 +160,7 @@ def _add_function(
     program: Program,
     function: Function,
     stages: Mapping[str, CompiledStage],
-    weights: Mapping[tuple[str, Layout], TensorForm],
+    weights: Mapping[StoredArray, TensorForm],
     sizes: Mapping[str, Any],
 ) -> None:
     varying = next(iter(sizes.values()), None)  # one varying size is all that a program has
@@ -174,9 +174,7 @@ def _add_function(
             for call in function.calls:
                 stage = stages[call.stage]
                 arguments = [values[name] for name in call.inputs]
-                arguments += [
-                    builder.emit(relax.TupleGetItem(pack, places[call.weights[local], layout])) for local, layout in stage.weights
-                ]
+                arguments += [builder.emit(relax.TupleGetItem(pack, places[weight.renamed(call.weights)])) for weight in stage.weights]
                 values |= zip(call.outputs, emit_stage(builder, stage, arguments, varying), strict=True)
             result = builder.emit_output(relax.Tuple([values[name] for name in function.outputs]))
         builder.emit_func_output(result)

@@ -5,9 +5,11 @@ packed ahead of time, and the packing is recorded as a `Layout`) and which is a 
 in place, never copied). Every other operator goes through TVM's own importer and legalisation.
 """
 
+import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ from tvm import relax, sym, te
 from tvm.relax.frontend.torch import from_exported_program
 
 from targets.cpu import Cpu
-from targets.layout import Layout
+from targets.layout import Layout, StoredArray
 from targets.schedules.attention import causal_attention
 from targets.schedules.decode_attention import cached_attention, latent_attention
 from targets.schedules.dot import can_dot, dot_product
@@ -34,11 +36,11 @@ class ImportedStage:
 
     Attributes:
         module: IRModule whose `main` takes the inputs, then one tensor per entry of `weights`.
-        weights: for each weight argument the stage's own name and how to lay it out.
+        weights: each weight argument, by the stage's own names.
     """
 
     module: Any
-    weights: tuple[tuple[str, Layout], ...]
+    weights: tuple[StoredArray, ...]
 
 
 def import_stage(program: ExportedProgram, cpu: Cpu) -> ImportedStage:
@@ -52,6 +54,7 @@ def import_stage(program: ExportedProgram, cpu: Cpu) -> ImportedStage:
             spec.kind = InputKind.PARAMETER  # TVM's importer bakes buffers into the program as constants
     names = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.kind is InputKind.PARAMETER}
     converter = _Converter(names, cpu)
+    converter.join(program.graph)
     module = from_exported_program(
         program,
         keep_params_as_input=True,
@@ -61,17 +64,17 @@ def import_stage(program: ExportedProgram, cpu: Cpu) -> ImportedStage:
     function = module["main"]
     inputs = list(function.params[: int(function.attrs["num_input"])])
     used = _used_vars(function)
-    weights: list[tuple[str, Layout]] = []
+    weights: list[StoredArray] = []
     params = []
     for var in function.params[len(inputs) :]:
         if var in used:
             name = names[var.name]
             assert name is not None
             params.append(var)
-            weights.append((name.removeprefix("stage."), Layout(dtype=str(var.ty.dtype))))
-    for var, name, layout in converter.packed.values():
+            weights.append(StoredArray(names=(name.removeprefix("stage."),), layout=Layout(dtype=str(var.ty.dtype))))
+    for stored, var in converter.packed.items():
         params.append(var)
-        weights.append((name.removeprefix("stage."), layout))
+        weights.append(stored)
     main = relax.Function([*inputs, *params], function.body, function.ret_ty, is_pure=True).with_attr("global_symbol", "main")
     module.update_func(module.get_global_var("main"), main)
     module = relax.transform.DeadCodeElimination()(module)
@@ -106,7 +109,12 @@ class _Converter:
 
     def __init__(self, names: dict[str, str | None], cpu: Cpu) -> None:
         self.names, self.cpu = names, cpu
-        self.packed: dict[tuple[str, Layout], tuple[Any, str, Layout]] = {}
+        self.packed: dict[StoredArray, Any] = {}
+        """What kernels take of the weights, as arguments."""
+        self.joined: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        """By the weight of a linear layer: the weights stored in one array with it, itself among them."""
+        self.products: dict[tuple[fx.Node, ...], Any] = {}
+        """Products with joined weights that were taken as one."""
 
     def table(self) -> dict[str, Callable[[fx.Node, Any], Any]]:
         return {
@@ -161,37 +169,67 @@ class _Converter:
             groups=weight.groups,
             halves=self.cpu.halves,
         )
+        others = [(self._weight(other), other.meta["val"].shape[0]) for other in self.joined.get(node, (node,))]
+        tiles = [-(-size // spec.tile) for _, size in others]
+        if len(others) > 1:
+            first = sum(tiles[: self.joined[node].index(node)])
+            spec = dataclasses.replace(spec, first_tile=first, all_tiles=sum(tiles))
         variables = []
-        for name, layout, shape in zip(weight.names, spec.layouts(weight.views), spec.shapes, strict=True):
-            if (name, layout) not in self.packed:
-                var = relax.Var(f"w{len(self.packed)}_packed", relax.TensorType(shape, layout.dtype))
-                self.packed[name, layout] = (var, name, layout)
-            variables.append(self.packed[name, layout][0])
+        for part, (layout, shape) in enumerate(zip(spec.layouts(weight.views), spec.shapes, strict=True)):
+            names = tuple(other.names[part] for other, _ in others if other is not None)
+            variables.append(self._argument(StoredArray(names=names, layout=layout), shape))
         return spec, variables
+
+    def _argument(self, stored: StoredArray, shape: Sequence[int]) -> Any:
+        """The argument that is this array, a new one if there is none yet."""
+        stored = dataclasses.replace(stored, names=tuple(name.removeprefix("stage.") for name in stored.names))
+        if stored not in self.packed:
+            self.packed[stored] = relax.Var(f"w{len(self.packed)}_packed", relax.TensorType(list(shape), stored.layout.dtype))
+        return self.packed[stored]
+
+    def join(self, graph: fx.Graph) -> None:
+        """Finds the weights of one part of a model (attention, FFN) that multiply the same input: they are stored together."""
+        groups: dict[tuple[fx.Node, str], list[fx.Node]] = defaultdict(list)
+        for node in graph.nodes:
+            if node.op == "call_function" and getattr(node.target, "__name__", "") == "linear.default":
+                weight = self._weight(_args(node)[1])
+                if weight is not None and not weight.views:
+                    part = weight.names[0].removeprefix("stage.").partition(".")[0]
+                    groups[_args(node)[0], part].append(_args(node)[1])
+        for nodes in groups.values():
+            if len(nodes) > 1 and len(set(nodes)) == len(nodes):
+                self.joined |= dict.fromkeys(nodes, tuple(nodes))
 
     def _transposed(self, node: fx.Node, order: tuple[int, ...]) -> Any:
         """A float32 weight with its axes permuted, as a new argument."""
-        name, layout = str(self.names[node.name]), Layout(views=(("transpose", order),))
-        if (name, layout) not in self.packed:
-            shape = [int(node.meta["val"].shape[axis]) for axis in order]
-            self.packed[name, layout] = (relax.Var(f"w{len(self.packed)}_packed", relax.TensorType(shape, layout.dtype)), name, layout)
-        return self.packed[name, layout][0]
+        stored = StoredArray(names=(str(self.names[node.name]),), layout=Layout(views=(("transpose", order),)))
+        return self._argument(stored, [int(node.meta["val"].shape[axis]) for axis in order])
 
     # --- operators ----------------------------------------------------------------------------
 
     def linear(self, node: fx.Node, importer: Any) -> Any:
         x, weight, bias, *_ = (*_args(node), None)
         spec, packed = self._pack(weight)
-        builder = importer.block_builder
-        if can_dot(spec, self.cpu, tuple(x.meta["val"].shape)):
-            var = builder.add_func(dot_product(spec, self.cpu), "dot_product")
-            padded = relax.TensorType((1, 1, spec.tiles * spec.tile), "float32")
-            out = builder.emit(relax.call_tir(var, [importer.env[x], *packed], padded))
-            if spec.tiles * spec.tile != spec.rows:
-                out = builder.emit_te(_crop, out, spec.rows, primfunc_name_hint="cropped")
+        if spec.all_tiles and x.meta["val"].numel() == spec.columns:
+            # A single row: all that is stored together is multiplied at once, in one kernel instead of several.
+            together = self.joined[weight]
+            if together not in self.products:
+                every = dataclasses.replace(spec, rows=spec.all_tiles * spec.tile, first_tile=0, all_tiles=0)
+                self.products[together] = self._product(importer, every, x, packed)
+            begin = spec.first_tile * spec.tile
+            out = importer.block_builder.emit_te(_slice, self.products[together], 2, begin, spec.rows, primfunc_name_hint="slice")
         else:
-            out = builder.emit_te(functools.partial(packed_product, spec), importer.env[x], *packed, primfunc_name_hint="packed_product")
-        return out if bias is None else builder.emit(relax.op.add(out, importer.env[bias]))
+            out = self._product(importer, spec, x, packed)
+        return out if bias is None else importer.block_builder.emit(relax.op.add(out, importer.env[bias]))
+
+    def _product(self, importer: Any, spec: WeightSpec, x: fx.Node, packed: list[Any]) -> Any:
+        builder = importer.block_builder
+        if not can_dot(spec, self.cpu, tuple(x.meta["val"].shape)):
+            return builder.emit_te(functools.partial(packed_product, spec), importer.env[x], *packed, primfunc_name_hint="packed_product")
+        out = _call(importer, "dot_product", dot_product(spec, self.cpu), [importer.env[x], *packed], (1, 1, spec.tiles * spec.tile))
+        if spec.tiles * spec.tile == spec.rows:
+            return out
+        return builder.emit_te(_crop, out, spec.rows, primfunc_name_hint="cropped")
 
     def matmul(self, node: fx.Node, importer: Any) -> Any:
         a, b = _args(node)

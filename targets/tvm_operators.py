@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tvm import ir, relax
 
-from targets.layout import Layout
+from targets.layout import StoredArray
 from targets.program import Function
 
 OTHER = "other"
@@ -23,22 +23,20 @@ Uses = Mapping[int, Sequence[str]]
 """By place in the tuple of weights: the operators that use it, in the order of the function's calls."""
 
 
-def weight_uses(
-    function: Function, stages: Mapping[str, Sequence[tuple[str, Layout]]], weights: Sequence[tuple[str, Layout]]
-) -> dict[int, list[str]]:
+def weight_uses(function: Function, stages: Mapping[str, Sequence[StoredArray]], weights: Sequence[StoredArray]) -> dict[int, list[str]]:
     """The operators that use each weight of a function.
 
     One weight may serve two: a table is gathered from by the first call of a function and multiplied by in the last.
 
     Args:
-        stages: the stage's own names and layouts of its weights, by stage.
+        stages: its weights by the stage's own names, by stage.
         weights: the tuple that the compiled function takes.
     """
     places = {weight: place for place, weight in enumerate(weights)}
     uses: dict[int, list[str]] = defaultdict(list)
     for call in function.calls:
-        for local, layout in stages[call.stage]:
-            uses[places[call.weights[local], layout]].append(call.operators.get(local, OTHER))
+        for weight in stages[call.stage]:
+            uses[places[weight.renamed(call.weights)]].append(call.operators.get(weight.names[0], OTHER))
     return uses
 
 

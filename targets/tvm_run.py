@@ -18,7 +18,7 @@ from tvm.runtime.vm import VirtualMachine  # not `relax`: the child may hold TVM
 
 from targets.arrays import ArrayFile
 from targets.job import LIBRARY, MANIFEST, Job
-from targets.layout import Layout
+from targets.layout import StoredArray
 from targets.measurement import NOISY_IQR, SLOW, Timing, interquartile_range
 from targets.memory import held_bytes
 from targets.program import ROWS, Step
@@ -46,7 +46,7 @@ class Runner:
         self.machine = VirtualMachine(tvm.runtime.load_module(str(artifact / LIBRARY)), self.device)
         self.packed_bytes = 0
         # Converted once: a list would be converted anew in every call.
-        self.weights = tvm_ffi.convert([self._packed(Layout.from_json(layout), arrays, name) for name, layout in self.manifest["weights"]])
+        self.weights = tvm_ffi.convert([self._packed(StoredArray.from_json(weight), arrays) for weight in self.manifest["weights"]])
         rows = self.manifest["rows"]
         self.state = {
             name: tvm.runtime.tensor(np.zeros([rows if isinstance(size, str) else size for size in shape], dtype), self.device)
@@ -54,9 +54,9 @@ class Runner:
         }
         self.rows = 0
 
-    def _packed(self, layout: Layout, arrays: ArrayFile, name: str) -> Any:
+    def _packed(self, weight: StoredArray, arrays: ArrayFile) -> Any:
         """A weight as the program takes it; nothing else of it is left when this returns."""
-        array = layout.apply(arrays.read(name))
+        array = weight.apply(arrays.read)
         self.packed_bytes += array.nbytes
         return tvm.runtime.tensor(array, self.device)
 

@@ -22,6 +22,7 @@ class WeightSpec:
         bits: 32 or 16 for floats, 8 or 4 for integers with scales.
         groups: scales a row has; 0 for floats.
         halves: whether the processor converts vectors of half-precision floats.
+        first_tile, all_tiles: where its tiles lie among those of the array that it is stored in with others; 0: alone.
     """
 
     rows: int
@@ -30,6 +31,8 @@ class WeightSpec:
     bits: int = 32
     groups: int = 0
     halves: bool = True
+    first_tile: int = 0
+    all_tiles: int = 0
 
     @property
     def tiles(self) -> int:
@@ -57,31 +60,33 @@ class WeightSpec:
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
-        """Shapes of the arrays in those layouts."""
+        """Shapes of the arrays in those layouts, with what is stored beside it."""
+        rows = self.all_tiles * self.tile or self.rows
         if not self.integer:
-            return (packed_shape(self.rows, self.columns, self.tile),)
+            return (packed_shape(rows, self.columns, self.tile),)
         words = -(-self.columns // K_GROUP) * K_GROUP // WORD_VALUES[_WORDS[self.bits]]
-        return packed_shape(self.rows, words, self.tile), packed_shape(self.rows, self.groups, self.tile)
+        return packed_shape(rows, words, self.tile), packed_shape(rows, self.groups, self.tile)
 
     def element(self, arrays: tuple[te.Tensor, ...]) -> Callable[[Any, Any, Any], Any]:
         """The weight as float32, by tile of rows, column and row in the tile."""
         values, *scales = arrays
+        first = self.first_tile
         if self.bits == 32:
-            return lambda tile, k, lane: values[tile, k, lane]
+            return lambda tile, k, lane: values[tile + first, k, lane]
         if self.bits == 16:
-            return lambda tile, k, lane: self._float(values[tile, k, lane])
+            return lambda tile, k, lane: self._float(values[tile + first, k, lane])
 
         per_word = WORD_VALUES[_WORDS[self.bits]]
 
         def integer(tile: Any, k: Any, lane: Any) -> Any:
-            word = values[tile, tirx.indexdiv(k, per_word), lane]
+            word = values[tile + first, tirx.indexdiv(k, per_word), lane]
             # A shift by an index would make 64-bit arithmetic of it; once loops over k are unrolled one choice is left.
             position = tirx.indexmod(k, per_word)
             value = _shifted(word, self.bits, per_word - 1)
             for j in range(per_word - 1):
                 value = tirx.Select(position == j, _shifted(word, self.bits, j), value)
             group = tirx.indexdiv(k, K_GROUP) if self.groups > 1 else 0
-            scale = scales[0][tile, group, lane]
+            scale = scales[0][tile + first, group, lane]
             return tirx.Cast("float32", value) * (scale if self.scale_dtype == "float32" else self._float(scale))
 
         return integer

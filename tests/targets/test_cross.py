@@ -140,7 +140,7 @@ def expected_outputs(spec: StageSpec, stage: CompiledStage) -> tuple[list[NDArra
     shapes = [[CACHED if size == "size" else size for size in form.shape] for form in stage.inputs]
     inputs = [rng.standard_normal(shape, np.float32) for shape in shapes]
     outputs = program.module()(*map(torch.from_numpy, inputs))
-    weights = [layout.apply(program.state_dict[f"stage.{name}"].numpy()) for name, layout in stage.weights]
+    weights = [weight.apply(lambda name: program.state_dict[f"stage.{name}"].numpy()) for weight in stage.weights]
     return inputs + weights, [output.numpy() for output in outputs]
 
 

@@ -295,7 +295,7 @@ def test_tied_weights_are_kept_once(local_target: LocalTarget, small: Path, quic
     """Rows are gathered from the same packed array that the output layer multiplies with."""
     found = local_target.measure(small, make_sample(SMALL, TOKENS, 0), quick)
     manifest: dict[str, Any] = json.loads((small / "manifest.json").read_text())
-    names = [name for name, _ in manifest["weights"]]
+    names = [name for joined, _ in manifest["weights"] for name in joined]
     assert len(names) == len(set(names)) == len(build_program(SMALL, TOKENS).weights)
     # Tables are padded to whole tiles, and nothing else is added.
     assert 0 <= found.packed_bytes - build_program(SMALL, TOKENS).weight_bytes < 4 * 64 * SMALL.d_model * len(names)
