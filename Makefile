@@ -7,7 +7,7 @@ PEERS := build/peers
 # Arguments for the search, e.g. make search ARGS="--trials 40 --seed 1"
 ARGS ?=
 
-.PHONY: setup search test lint bench clean
+.PHONY: setup search test test-all lint bench clean
 
 setup: $(READY)
 
@@ -29,6 +29,11 @@ lint: setup
 test: lint
 	$(BIN)/python -m scripts.emulator || true
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# Also what takes long: parity of every choice in every precision. Before a release.
+test-all: lint
+	$(BIN)/python -m scripts.emulator
+	$(BIN)/pytest -n 2 --dist worksteal -m ""
 
 # The runtimes we are compared with, in an environment of their own; llama.cpp is built for this processor.
 $(PEERS)/.ready: benchmarks/peers.txt

@@ -2,10 +2,12 @@
 
     python benchmarks/engine.py [--quick] [--config NAME] [--peer NAME] [--phase PHASE] [--length N] [--threads N]
 
-Every side runs in processes of its own; the others are stopped while one is timed, the rounds are interleaved, and each
-side's logits are compared with PyTorch's before it is timed. A cell is the median over rounds of the ratio best peer / ours
-(above 1: ours is faster) with its smallest and largest value. Results gather in a file, so that a long comparison can be
-taken in parts; a cell timed again replaces the old one.
+Every side runs in processes of its own, the rounds are interleaved, and each side's logits are compared with PyTorch's before
+it is timed. Peers are stopped (SIGSTOP) but for the one that is timed; our own workers are not stopped while a peer is timed, but
+sleep, waiting for their next question. Searches of this user on this machine rest meanwhile, whoever is timed. A cell is the median
+over rounds of the ratio best peer / ours (above 1: ours is faster) with its smallest and largest value. Results gather in a file, so
+that a long comparison can be taken in parts; a cell timed again on the same device replaces the old one. Weights, inputs and exports
+are kept, too, in folders named by what they were made from.
 """
 
 import dataclasses
@@ -23,17 +25,18 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cells import CONFIGS, DECODE_CONTEXTS, PRECISIONS, PREFILL_TOKENS, Cell, PeerJob
-from engine_inputs import SEED, inputs_path, weights_path, write_inputs
+from engine_inputs import SEED, inputs_folder, inputs_path, weights_path, write_inputs
 from engine_peers import PEERS
-from engine_report import Row, geometric_means, markdown, read_rows, table, write_rows
+from engine_report import Row, geometric_means, markdown, read_rows, tables, write_rows
 from peer_process import PeerError, PeerProcess
 
 from cost_models.measured import make_sample
 from cost_models.program import build_program
-from search_spaces.quantisation import Precision
+from search_spaces.precision import Precision
 from targets.local import LocalTarget
 from targets.measurement import Timing
 from targets.program import Sample
+from targets.quiet import measuring
 from targets.spec import load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,7 +86,7 @@ class Peers:
     def _load(self, peer: str, cell: Cell) -> PeerProcess:
         if peer in self._missing:
             raise PeerError(self._missing[peer])
-        folder = self._work / cell.config
+        folder = inputs_folder(self._work, cell.config)
         job = PeerJob(
             cell=cell,
             config=CONFIGS[cell.config].to_dict(),
@@ -133,7 +136,7 @@ def load_cell(
     cell: Cell, target: LocalTarget, peers: Peers, work: Path, folder: Path
 ) -> tuple[Ours, dict[str, PeerProcess], dict[str, str]]:
     """Everything of a cell up to the timing."""
-    write_inputs(CONFIGS[cell.config], cell, work / cell.config)
+    write_inputs(cell, inputs_folder(work, cell.config))
     return load_ours(cell, target, folder), *peers.load(cell)
 
 
@@ -144,7 +147,8 @@ def take_round(cell: Cell, ours: Ours, peers: dict[str, PeerProcess], timing: Ti
         if side == "":
             taken[side] = ours.median_s(cell.phase, timing)
         else:
-            times = sorted(peers[side].ask("time", dataclasses.asdict(timing), _TIME_TIMEOUT_S))
+            with measuring():
+                times = sorted(peers[side].ask("time", dataclasses.asdict(timing), _TIME_TIMEOUT_S))
             taken[side] = times[len(times) // 2]
     return taken
 
@@ -219,12 +223,13 @@ def main(
             if prepare:
                 console.print(f"[{number + 1}/{len(every)}] {cell}: prepared", markup=False, highlight=False)
                 continue
-            rows[cell] = row
+            rows[row.device, cell] = row
             write_rows(work / "engine.json", rows)
             console.print(f"[{number + 1}/{len(every)}] {row}", markup=False, highlight=False)
-    console.print(table(rows.values()))
-    for (precision, phase, count), mean in geometric_means(rows.values()).items():
-        console.print(f"{precision} {phase} on {count}: {mean:.2f} times the best peer (geometric mean)")
+    for table in tables(rows.values()):
+        console.print(table)
+    for (device, precision, phase, count), mean in geometric_means(rows.values()).items():
+        console.print(f"{device}: {precision} {phase} on {count}: {mean:.2f} times the best peer (geometric mean)", markup=False)
     (work / "engine.md").write_text(markdown(rows.values()), encoding="utf-8")
 
 

@@ -3,15 +3,35 @@
 from pathlib import Path
 
 import torch
-from cells import Cell
+from cells import CONFIGS, Cell
+from made_from import digest, maker
 from safetensors.torch import save_file
 
 from cost_models.measured import randomise
-from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 from search_spaces.quantisation import round_weights
 
 SEED = 0
+_MAKER = maker(
+    ("torch",),
+    (
+        "benchmarks/engine_inputs.py",
+        "cost_models/measured.py",
+        *(f"search_spaces/{name}.py" for name in ("config", "model", "operators", "precision", "quantisation")),
+    ),
+)
+
+
+def inputs_folder(work: Path, config: str) -> Path:
+    """The folder of everything made for a config, another one once its architecture, the seed or what makes the files has changed.
+
+    Old ones stay until somebody removes them.
+
+    Args:
+        work: where exports, kernels and results lie.
+        config: a name in `cells.CONFIGS`.
+    """
+    return work / f"{config}-{digest(CONFIGS[config].to_dict(), SEED, _MAKER)}"
 
 
 def weights_path(folder: Path) -> Path:
@@ -20,13 +40,13 @@ def weights_path(folder: Path) -> Path:
 
 
 def inputs_path(folder: Path, cell: Cell) -> Path:
-    """The file of a cell's inputs and expected logits; threads do not matter to it."""
+    """The file of a cell's inputs and expected logits; threads do not matter to it, the precision of the weights does."""
     return folder / f"{cell.phase}-{cell.length}-{cell.precision}.safetensors"
 
 
-def write_inputs(config: SLMConfig, cell: Cell, folder: Path) -> None:
-    """Writes the weights of a config and the inputs of a cell, unless they are there."""
-    path = inputs_path(folder, cell)
+def write_inputs(cell: Cell, folder: Path) -> None:
+    """Writes the weights of a cell's config and its inputs, unless they are there."""
+    path, config = inputs_path(folder, cell), CONFIGS[cell.config]
     if path.exists() and weights_path(folder).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Times of all sides in a cell -> the ratio to the best peer, geometric means, tables."""
+"""Times of all sides in a cell -> the ratio to the best peer, geometric means, tables; those of different devices never mix."""
 
 import json
 import statistics
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import CONFIGS, Cell
+from rich.markup import escape
 from rich.table import Table
 
 from search_spaces.counting import params
@@ -73,14 +74,14 @@ class Row:
         )
 
 
-def read_rows(path: Path) -> dict[Cell, Row]:
-    """The rows of a results file by cell; none if there is no file."""
+def read_rows(path: Path) -> dict[tuple[str, Cell], Row]:
+    """The rows of a results file by device and cell; none if there is no file."""
     if not path.exists():
         return {}
-    return {row.cell: row for row in map(Row.from_dict, json.loads(path.read_text(encoding="utf-8")))}
+    return {(row.device, row.cell): row for row in map(Row.from_dict, json.loads(path.read_text(encoding="utf-8")))}
 
 
-def write_rows(path: Path, rows: dict[Cell, Row]) -> None:
+def write_rows(path: Path, rows: dict[tuple[str, Cell], Row]) -> None:
     """Writes a results file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -88,20 +89,27 @@ def write_rows(path: Path, rows: dict[Cell, Row]) -> None:
     part.replace(path)
 
 
-def geometric_means(rows: Iterable[Row]) -> dict[tuple[str, str, int], float]:
-    """The geometric mean of the ratios by precision, phase and threads."""
-    groups: dict[tuple[str, str, int], list[float]] = {}
+def geometric_means(rows: Iterable[Row]) -> dict[tuple[str, str, str, int], float]:
+    """The geometric mean of the ratios by device, precision, phase and threads."""
+    groups: dict[tuple[str, str, str, int], list[float]] = {}
     for row in rows:
         if row.ratio is not None:
-            groups.setdefault((row.cell.precision, row.cell.phase, row.cell.threads), []).append(row.ratio)
+            groups.setdefault((row.device, row.cell.precision, row.cell.phase, row.cell.threads), []).append(row.ratio)
     return {key: statistics.geometric_mean(ratios) for key, ratios in sorted(groups.items(), reverse=True)}
 
 
-def table(rows: Iterable[Row]) -> Table:
-    """Every cell with all times, for a terminal."""
-    rows = list(rows)
+def tables(rows: Iterable[Row]) -> list[Table]:
+    """Every cell with all times, for a terminal: a table for each device, under its name."""
+    by_device: dict[str, list[Row]] = {}
+    for row in rows:
+        by_device.setdefault(row.device, []).append(row)
+    return [_table(device, of) for device, of in by_device.items()]
+
+
+def _table(device: str, rows: list[Row]) -> Table:
     peers = list(dict.fromkeys(peer for row in rows for peer in row.peers_s))
-    result = Table("config", "weights", "phase", "length", "threads", "ours ms", *(f"{peer} ms" for peer in peers), "ratio to best")
+    names: tuple[str, ...] = ("config", "weights", "phase", "length", "threads", "ours ms", *(f"{peer} ms" for peer in peers))
+    result = Table(*names, "ratio to best", title=escape(device))
     for row in rows:
         cell = row.cell
         theirs = [_ms(row.peers_s[peer]) if peer in row.peers_s else "–" for peer in peers]
@@ -111,11 +119,14 @@ def table(rows: Iterable[Row]) -> Table:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """One line for a config and thread count, one column for a phase and length; cells we lose are in bold."""
+    """A table for each device and precision: a line for a config and thread count, a column for a phase and length.
+
+    Cells we lose are in bold.
+    """
     rows = list(rows)
     parts = []
-    for precision in dict.fromkeys(row.cell.precision for row in rows):
-        of = [row for row in rows if row.cell.precision == precision]
+    for device, precision in dict.fromkeys((row.device, row.cell.precision) for row in rows):
+        of = [row for row in rows if (row.device, row.cell.precision) == (device, precision)]
         columns = sorted({(row.cell.phase, row.cell.length) for row in of}, key=lambda c: (c[0] != "prefill", c[1]))
         by_line: dict[tuple[str, int], dict[tuple[str, int], Row]] = {}
         for row in of:
@@ -127,10 +138,10 @@ def markdown(rows: Iterable[Row]) -> str:
         for (config, threads), cells in by_line.items():
             values = (_markdown_cell(cells[column]) if column in cells else "–" for column in columns)
             lines.append(f"| {config} | {threads} | " + " | ".join(values) + " |")
-        means = (f"{phase} on {count} {mean:.2f}" for (_, phase, count), mean in geometric_means(of).items())
+        means = (f"{phase} on {count} {mean:.2f}" for (_, _, phase, count), mean in geometric_means(of).items())
         lines += ["", f"Geometric means: {', '.join(means)}."]
         versions = ", ".join(dict.fromkeys(row.version for row in of))  # more than one: parts taken at different times
-        parts.append(f"**{precision}** ({versions})\n\n" + "\n".join(lines) + "\n")
+        parts.append(f"**{precision} on {device}** ({versions})\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 
 

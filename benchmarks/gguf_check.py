@@ -23,7 +23,8 @@ from nas.gguf_export import gguf_architecture, write_gguf
 from nas.tokenizer import train_tokenizer
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
-from search_spaces.quantisation import PRECISIONS, round_weights
+from search_spaces.precision import PRECISIONS
+from search_spaces.quantisation import round_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,12 +5,16 @@ from pathlib import Path
 import numpy as np
 from cells import PeerJob
 from llama import Llama
+from made_from import maker
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nas.gguf_export import write_gguf
 from search_spaces.config import SLMConfig
+
+_WRITER = maker(("gguf", "numpy", "torch"), ("nas/gguf_export.py",))
+"""What makes the GGUF files, beside what the folder of a config is named by."""
 
 
 class LlamaSession:
@@ -38,8 +42,9 @@ class LlamaSession:
 def load(job: PeerJob) -> LlamaSession:
     """Writes the GGUF file once, then opens it."""
     config = SLMConfig.from_dict(job.config)
-    path = Path(job.folder) / f"{job.cell.precision}.gguf"
+    path = Path(job.folder) / f"gguf-{_WRITER}" / f"{job.cell.precision}.gguf"
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)
         write_gguf(path, config, load_file(job.weights), None, job.cell.precision)  # type: ignore[arg-type]
     with safe_open(job.inputs, framework="numpy") as file:
         ids = file.get_tensor("tokens").ravel().tolist()

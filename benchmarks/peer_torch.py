@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from cells import PeerJob
+from made_from import maker
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
+
+_EXPORTER = maker(("torch", "onnx", "onnx-ir", "onnxscript"), ("benchmarks/peer_torch.py",))
+"""What makes the ONNX files, beside what the folder of a config is named by."""
 
 
 class Phase(nn.Module):
@@ -81,9 +85,10 @@ def compiled(job: PeerJob) -> TorchSession:
 
 
 def exported(job: PeerJob) -> Path:
-    """The phase as an ONNX file, made once for a config and length, whatever the threads."""
-    path = Path(job.folder) / f"{job.cell.phase}-{job.cell.length}.onnx"
+    """The phase as an ONNX file with float32 weights, made once for a config, length and exporter, whatever the threads."""
+    path = Path(job.folder) / f"onnx-{_EXPORTER}" / f"{job.cell.phase}-{job.cell.length}.onnx"
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)
         part = path.with_name(path.stem + ".part.onnx")
         program = torch.onnx.export(Phase(job), arguments(job), dynamo=True, optimize=True, verbose=False)
         assert program is not None

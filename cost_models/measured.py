@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from search_spaces.model import SLM
-    from search_spaces.quantisation import Precision
+    from search_spaces.precision import Precision
 
 DECODE_STEPS = 8
 """How many decode steps are compared with PyTorch before anything is timed; fewer if the request generates fewer."""

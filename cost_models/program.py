@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from cost_models.profile import weight_operator
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
-from search_spaces.quantisation import Precision, stored_tensors
+from search_spaces.precision import Precision
+from search_spaces.quantisation import stored_tensors
 from search_spaces.stages import Phase, StageUse, cache_names, cache_row_shapes, stage_uses
 from search_spaces.workload import RequestTokens
 from targets.program import ROWS, Call, Function, Program, Stage, TensorSpec

@@ -16,7 +16,7 @@ def trial_profiles(evaluation: Evaluation, workload: Workload) -> dict[str, Prof
     config, record, bytes_per_token = evaluation.config, evaluation.measurement, evaluation.bytes_per_token
     if config is None or record is None or bytes_per_token is None:
         return {}
-    return profiles(Measurement.from_dict(record), config, workload.tokens(bytes_per_token))
+    return profiles(Measurement.from_dict(record), config, workload.tokens(bytes_per_token), evaluation.weights)
 
 
 def breakdown_rows(profile: Profile, flops_per_s: float, read_bytes_per_s: float) -> list[tuple[str, ...]]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nas.tokenizer import Tokenizer
-    from search_spaces.quantisation import Precision
+    from search_spaces.precision import Precision
 
 _BLOCK = 32
 """Inputs of a channel that share a scale in Q8_0 and Q4_0."""

@@ -12,6 +12,7 @@ R rotary dims, L latent rank, F inner FFN width, V vocabulary, n series terms.
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,9 +32,10 @@ def rope_table(config: SLMConfig) -> Tensor:
     angle(p, j) = p * theta^(-2j/R) (Su et al., arXiv 2104.09864).
     """
     half = (config.rotary_dim or 0) // 2
-    exponents = torch.arange(half, dtype=torch.float64) * (2.0 / max(1, 2 * half))
-    angles_Sj = torch.outer(torch.arange(config.context, dtype=torch.float64), config.rope_theta**-exponents)
-    return torch.cat((angles_Sj.cos(), angles_Sj.sin()), dim=1).float()
+    exponents = np.arange(half) * (2.0 / max(1, 2 * half))
+    angles_Sj = np.outer(np.arange(config.context), config.rope_theta**-exponents)
+    # NumPy, since PyTorch's own range loads its compiler, a second, where there is nothing to fill ("meta").
+    return torch.tensor(np.concatenate((np.cos(angles_Sj), np.sin(angles_Sj)), axis=1, dtype=np.float32, casting="same_kind"))
 
 
 def rotate(x_BSHd: Tensor, rope: Rope) -> Tensor:
@@ -277,6 +279,11 @@ class Block(nn.Module):
         return self._join(x_B1D, normed_B1D, a_B1D), rows
 
 
+def _table(rows: int, width: int) -> nn.Embedding:
+    """Embeddings left as they are: PyTorch's own filling loads its compiler, a second, when there is nothing to fill ("meta")."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)  # type: ignore[no-untyped-call]
+
+
 class Embed(nn.Module):
     """Token (and learned position) embeddings, and the rotary table rows that every block uses."""
 
@@ -285,9 +292,9 @@ class Embed(nn.Module):
     def __init__(self, config: SLMConfig) -> None:
         super().__init__()
         self.scale, self.offset = config.embedding_scale, config.position_offset
-        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.tokens = _table(config.vocab_size, config.d_model)
         learned = config.positions == "learned"
-        self.positions = nn.Embedding(config.context + config.position_offset, config.d_model) if learned else None
+        self.positions = _table(config.context + config.position_offset, config.d_model) if learned else None
         self.register_buffer("rope", rope_table(config), persistent=False)
 
     def forward(self, tokens_BS: Tensor, positions_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,15 +13,13 @@ absorbed matrices of MLA stay float32, being small.
 """
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Precision = Literal["fp32", "fp16", "int8", "int4"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
-GROUP = 32
-"""Inputs of a channel that share a scale in int4."""
+from search_spaces.precision import GROUP, Precision
+
+_LARGEST_HALF = 65504.0
 VALUES, SCALES = "_values", "_scales"
 """Suffixes of the tensors that a quantised weight becomes."""
 
@@ -65,7 +63,7 @@ def quantise(weight: Tensor, precision: Precision) -> tuple[Tensor, Tensor | Non
     groups = -(-K // GROUP)
     padded = nn.functional.pad(weight, (0, groups * GROUP - K)).view(N, groups, GROUP)
     largest = padded.gather(2, padded.abs().argmax(dim=2, keepdim=True))
-    scales = (largest / -8).half()
+    scales = (largest / -8).clamp_(-_LARGEST_HALF, _LARGEST_HALF).half()
     values = _round(padded, scales.float()).clamp_(-8, 7).to(torch.int8)
     return values.view(N, groups * GROUP)[:, :K].contiguous(), scales.view(N, groups)
 

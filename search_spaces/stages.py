@@ -21,7 +21,8 @@ from torch.export import Dim, ExportedProgram, export
 
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM, Block, Embed, Head
-from search_spaces.quantisation import Precision, QuantisedStage, quantised_names, quantised_tensors
+from search_spaces.precision import Precision
+from search_spaces.quantisation import QuantisedStage, quantised_names, quantised_tensors
 
 Phase = Literal["prefill", "decode"]
 Kind = Literal["embed", "block", "head"]

@@ -1,5 +1,6 @@
 """Work done beside this process by copies of it: a fork begins at once, with everything imported and nothing to send."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -37,8 +38,11 @@ def in_parallel(work: Callable[[_Item], object], items: Sequence[_Item]) -> None
             yield_to_measuring()
             work(items[int.from_bytes(number, "little")])
 
-    copies = [_copy(take) for _ in range(_processes(len(items)) - 1)]
+    copies: list[int] = []
     try:
+        with contextlib.suppress(OSError):  # no room for another process: fewer do
+            for _ in range(_processes(len(items)) - 1):
+                copies.append(_copy(take))
         take()
     finally:
         while os.read(reader, 1 << 16):  # after an error here, nobody begins another item

@@ -6,8 +6,8 @@ from targets.cpu import Tuning
 from targets.measurement import Timing
 from targets.program import Step
 
-MANIFEST, LIBRARY = "manifest.json", "program.so"
-"""Files of a compiled program."""
+MANIFEST = "manifest.json"
+"""The file of a compiled program that names the others."""
 PRODUCT_SIZE = 384
 """Rows, columns and depth of the probe's product: large enough for full speed, small enough to stay in a cache."""
 READ_VALUES = 64 << 20

@@ -19,14 +19,14 @@ from targets.cpu import Cpu, Tuning
 from targets.job import MANIFEST, PRODUCT_SIZE, READ_VALUES, Job
 from targets.measurement import Measurement, Timing
 from targets.program import Program, Sample
-from targets.quiet import measuring, resting, working
+from targets.quiet import measuring, resting, wait_for_turn, working
 from targets.spec import DeviceSpec
 from targets.target import TargetError
 from targets.worker import Worker, WorkerError
 
 COMPILE_TIMEOUT_S = 600.0
 _DETECT_TIMEOUT_S = 180.0
-_PROBE_FORMAT = 3
+_PROBE_FORMAT = 4
 """Counts up when the probe's kernels or the way they are timed change."""
 
 
@@ -230,6 +230,7 @@ class LocalTarget:
 
     def _compile(self, what: str, timeout_s: float, function: str, *args: Any) -> Any:
         """Has the compile worker do something, as work that no measurement of this machine runs beside."""
+        wait_for_turn()
         with resting():
             return self._ask(self._compiler, what, timeout_s, "targets.quiet:at_work", function, *args)
 

@@ -53,7 +53,7 @@ def yield_to_measuring() -> None:
     To be called often, between two pieces of work. Outside `working` it does nothing.
     """
     place = _here()
-    if place is not None and place.at_work and place.is_wanted():
+    if place is not None and place.at_work and (not place.in_room or place.is_wanted()):
         place.leave()
         place.enter()
 
@@ -89,6 +89,12 @@ def measuring(most_wait_s: float = MOST_WAIT_S) -> Iterator[bool | None]:
         yield place.take_alone(most_wait_s)
 
 
+def wait_for_turn() -> None:
+    """Returns once nobody measures, before a wait for another process of ours whose time limit then counts work alone."""
+    with working():
+        yield_to_measuring()
+
+
 def at_work(function: str, *args: Any) -> Any:
     """Calls a function, given as "module:name", as work: what a worker process is asked to do."""
     module, _, name = function.partition(":")
@@ -102,7 +108,7 @@ class _Place:
     def __init__(self, gate: int | None, room: int | None) -> None:
         self._gate, self._room = gate, room
         self.process = os.getpid()
-        self.at_work = self._gave_up = False
+        self.at_work = self.in_room = self._gave_up = False
 
     def is_wanted(self) -> bool:
         """Whether someone measures or waits to."""
@@ -115,7 +121,7 @@ class _Place:
         """Takes the room with others, after whoever measures; without it if that takes too long."""
         try:
             self._gave_up = not _lock(self._gate, fcntl.LOCK_SH, 0.0 if self._gave_up else MOST_PAUSE_S)
-            _lock(self._room, fcntl.LOCK_SH)
+            self.in_room = _lock(self._room, fcntl.LOCK_SH)
         finally:
             _unlock(self._gate)
         self.at_work = True
@@ -131,7 +137,7 @@ class _Place:
 
     def leave(self) -> None:
         """Lets go of everything."""
-        self.at_work = False
+        self.at_work = self.in_room = False
         _unlock(self._room)
         _unlock(self._gate)
 

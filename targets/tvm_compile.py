@@ -4,6 +4,7 @@ Runs in a worker process. Each distinct stage is exported, imported, fused and s
 programs (`compile_stage`); a program is linked from compiled stages, and only what calls their kernels is compiled with it.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import relax, tirx
 from tvm.relax import transform
 
@@ -19,7 +21,7 @@ from targets.compile_cache import CompileCache
 from targets.compiled_stage import CompiledStage, TensorForm, emit_stage, stage_steps, tensor_type
 from targets.cpu import Cpu
 from targets.forked import in_parallel
-from targets.job import LIBRARY, MANIFEST
+from targets.job import MANIFEST
 from targets.kernels import KernelCache
 from targets.layout import StoredArray
 from targets.link import link_shared
@@ -30,6 +32,7 @@ from targets.stage_cache import StageCache
 from targets.tvm_import import import_stage
 from targets.tvm_operators import call_operators, weight_uses
 
+_LINK_ATTEMPTS = 3
 _FORMAT = 3
 """Counts up when what is kept of stages or kernels, or the way kernels are built, changes."""
 _EMPTY = "edgewise_empty"
@@ -55,7 +58,8 @@ def compile_program(program: Program, llvm: Mapping[str, Any], cpu: Cpu, cache_d
         Exception: whatever the compiler raises; the caller reports it.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    files = CompileCache(cache_dir, {"format": _FORMAT, "tvm": tvm.__version__, "target": dict(llvm)})
+    about = {"format": _FORMAT, "tvm": tvm.__version__, "tvm_ffi": tvm_ffi.__version__, "target": dict(llvm)}
+    files = CompileCache(cache_dir, about)
     kernels = KernelCache(files, llvm)
     target = tvm.target.Target(dict(llvm))
     cache = StageCache(files, kernels, cpu)
@@ -64,11 +68,9 @@ def compile_program(program: Program, llvm: Mapping[str, Any], cpu: Cpu, cache_d
         module, weights = link_program(program, stages)
         module, workspace = _plan(module)
         executable = tvm.compile(module, target, relax_pipeline=_bytecode())
-        symbols = dict.fromkeys(symbol for stage in stages.values() for symbol in stage.symbols)
-        if not all(kernels.find(symbol) for symbol in symbols):  # somebody has emptied the cache
-            compiled_stages(program, cpu, kernels, cache)
-    link_shared(executable, out_dir / LIBRARY, [path for symbol in symbols if (path := kernels.find(symbol))])
+        library = _linked(executable, program, stages, cpu, kernels, cache, out_dir)
     manifest = {
+        "library": library.name,
         "functions": {name: _function_manifest(f, program) for name, f in program.functions.items()},
         "weights": [weight.to_json() for weight in weights],
         "state": {name: [list(spec.shape), spec.dtype] for name, spec in program.state.items()},
@@ -83,6 +85,28 @@ def compile_program(program: Program, llvm: Mapping[str, Any], cpu: Cpu, cache_d
     }
     (out_dir / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     return out_dir
+
+
+def _linked(
+    executable: Any,
+    program: Program,
+    stages: Mapping[str, CompiledStage],
+    cpu: Cpu,
+    kernels: KernelCache,
+    cache: StageCache,
+    out_dir: Path,
+) -> Path:
+    """The library, linked from the kernels, named by its content: a process does not load a path again that it has loaded."""
+    symbols = dict.fromkeys(symbol for stage in stages.values() for symbol in stage.symbols)
+    for _ in range(_LINK_ATTEMPTS):
+        objects = [kernels.find(symbol) for symbol in symbols]
+        if None in objects:  # somebody has emptied the cache
+            compiled_stages(program, cpu, kernels, cache)
+            continue
+        made = out_dir / "program.so"
+        link_shared(executable, made, [path for path in objects if path is not None])
+        return made.rename(out_dir / f"program-{hashlib.sha256(made.read_bytes()).hexdigest()[:16]}.so")
+    raise RuntimeError("kernels went from the cache while a program was linked from them, several times; compile again")
 
 
 def _function_manifest(function: Function, program: Program) -> dict[str, Any]:

@@ -8,7 +8,7 @@ in place, never copied). Every other operator goes through TVM's own importer an
 import dataclasses
 import functools
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +114,7 @@ class _Converter:
         self.joined: dict[fx.Node, tuple[fx.Node, ...]] = {}
         """By the weight of a linear layer: the weights stored in one array with it, itself among them."""
         self.products: dict[tuple[fx.Node, ...], Any] = {}
-        """Products with joined weights that were taken as one."""
+        """Products of an input with joined weights that were taken as one, by the input and the weights."""
 
     def table(self) -> dict[str, Callable[[fx.Node, Any], Any]]:
         return {
@@ -196,8 +196,9 @@ class _Converter:
                 if weight is not None and not weight.views:
                     part = weight.names[0].removeprefix("stage.").partition(".")[0]
                     groups[_args(node)[0], part].append(_args(node)[1])
+        uses = Counter(node for nodes in groups.values() for node in nodes)
         for nodes in groups.values():
-            if len(nodes) > 1 and len(set(nodes)) == len(nodes):
+            if len(nodes) > 1 and all(uses[node] == 1 for node in nodes):
                 self.joined |= dict.fromkeys(nodes, tuple(nodes))
 
     def _transposed(self, node: fx.Node, order: tuple[int, ...]) -> Any:
@@ -212,7 +213,7 @@ class _Converter:
         spec, packed = self._pack(weight)
         if spec.all_tiles and x.meta["val"].numel() == spec.columns:
             # A single row: all that is stored together is multiplied at once, in one kernel instead of several.
-            together = self.joined[weight]
+            together = (x, *self.joined[weight])
             if together not in self.products:
                 every = dataclasses.replace(spec, rows=spec.all_tiles * spec.tile, first_tile=0, all_tiles=0)
                 self.products[together] = self._product(importer, every, x, packed)

@@ -102,7 +102,7 @@ class _Tile:
     """What a task holds: its queries and outputs, the scores of one tile of keys, and a row's running softmax."""
 
     queries: Any  # (width, tile), scaled
-    scores: Any  # (key_block + KEYS, tile): the first rows take what a shifted last block computes again
+    scores: Any  # (key_block + KEYS in whole blocks, tile): the first rows take what a shifted last block computes again
     outputs: Any  # (tile, columns)
     most: Any  # largest score so far
     total: Any  # sum of exponentials so far
@@ -117,7 +117,7 @@ def _task(plan: _Plan, task: Any, q: Any, k: Any, v: Any, out: Any) -> None:
     accumulators = max(plan.key_block * plan.vectors, plan.row_block * plan.column_vectors)
     tile = _Tile(
         queries=local(plan.width * plan.tile),
-        scores=local((plan.key_block + KEYS) * plan.tile),
+        scores=local((-(-KEYS // plan.key_block) + 1) * plan.key_block * plan.tile),
         outputs=local(plan.tile * plan.columns),
         most=local(plan.tile),
         total=local(plan.tile),

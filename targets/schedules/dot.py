@@ -17,6 +17,8 @@ from targets.schedules.weights import WeightSpec
 
 PARALLEL_BYTES = 3 << 16
 """Weights below this are read by one thread, in about the time that it takes to wake another."""
+_LANES = {"vnni": (4, 8, 16), "sdot": (4,)}
+"""Words in a vector of each kind of instruction."""
 _PARTS = 3
 """Bytes of a rounded value, the lowest first."""
 _LARGEST = 127 * 65536
@@ -27,7 +29,7 @@ _INTS = K_GROUP // 4
 
 def can_dot(weight: WeightSpec, cpu: Cpu, shape: tuple[int, ...]) -> bool:
     """Whether the product of x of that shape with the weight is made of byte dot products."""
-    return weight.integer and bool(cpu.dot) and len(shape) == 3 and shape[:2] == (1, 1)
+    return weight.integer and cpu.lanes in _LANES.get(cpu.dot, ()) and len(shape) == 3 and shape[:2] == (1, 1)
 
 
 def dot_product(weight: WeightSpec, cpu: Cpu) -> Any:

@@ -13,9 +13,6 @@ def legalization() -> dict[str, Callable[[Any, Any], Any]]:
         "relax.nn.silu": _unary(silu),
         "relax.nn.gelu": _unary(gelu),
         "relax.nn.gelu_tanh": _unary(gelu_tanh),
-        "relax.nn.softmax": lambda builder, call: builder.call_te(
-            topi.nn.fast_softmax, call.args[0], int(call.attrs.axis), primfunc_name_hint="softmax"
-        ),
     }
 
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from tvm import tirx
-
 from targets.cpu import Cpu
 from targets.schedules.blocks import block_handles, inline_all, int_or_none, output_block
 
@@ -91,37 +89,33 @@ def _schedule_unpacked(sch: Any, unpacked: Any, tile: Any, cpu: Cpu) -> None:
 def schedule_product(sch: Any, cpu: Cpu) -> None:
     """A batched product whose second operand is read in place, through whatever view it is.
 
-    Where the innermost read runs along k (scores), k is reduced in vectors; else (values) a row of
-    outputs is kept in registers while k runs outside.
+    Some vectors of a row of outputs are kept in registers while k runs outside; rows of all batches run in parallel.
     """
     product = sch.get_sblock("product")
+    depth = int_or_none(sch.get(sch.get_loops(product)[-1]).extent)
     out = _epilogue(sch, product)
-    *lead, m, n = sch.get_loops(out)
-    batch = sch.fuse(*lead) if len(lead) > 1 else lead[0]
-    columns = int_or_none(sch.get(n).extent)
-    rows = int_or_none(sch.get(m).extent)
-    along_k = _innermost_is_reduction(sch, product)
-    if along_k:
-        sch.reorder(n, batch, m)
-        sch.compute_at(product, m, preserve_unit_loops=True)
-        k = sch.get_loops(product)[-1]
-        if columns is None:
-            sch.parallel(n)
-        sch.decompose_reduction(product, k)
-        return
-    sch.compute_at(product, m, preserve_unit_loops=True)
+    *lead, n = sch.get_loops(out)
+    row = sch.fuse(*lead)
+    rows, columns = int_or_none(sch.get(row).extent), int_or_none(sch.get(n).extent)
+    assert rows is not None and columns is not None and depth is not None, "products have static shapes"
+    width = next((v * cpu.lanes for v in (8, 4, 2, 1) if columns % (v * cpu.lanes) == 0), columns)
+    n_outer, n_inner = sch.split(n, [None, width])
+    sch.compute_at(product, n_outer, preserve_unit_loops=True)
     *_, column, k = sch.get_loops(product)
     sch.reorder(k, column)
-    if columns is not None and columns % cpu.lanes == 0:
+    vectorised = width % cpu.lanes == 0
+    if vectorised:
         vector, lane = sch.split(column, [None, cpu.lanes])
         sch.vectorize(lane)
         sch.unroll(vector)
-    if rows is not None and int_or_none(sch.get(k).extent) is None:
-        sch.parallel(sch.fuse(batch, m))
+        sch.vectorize(sch.split(n_inner, [None, cpu.lanes])[1])
+    if 2 * rows * columns * depth >= PARALLEL_FLOPS:
+        sch.parallel(sch.fuse(row, n_outer))
     init = sch.decompose_reduction(product, k)
-    if columns is not None and columns % cpu.lanes == 0:
-        _, lane = sch.split(sch.get_loops(init)[-1], [None, cpu.lanes])
+    if vectorised:
+        *_, vector, lane = sch.get_loops(init)
         sch.vectorize(lane)
+        sch.unroll(vector)
 
 
 def _epilogue(sch: Any, product: Any, keep: tuple[Any, ...] = ()) -> Any:
@@ -133,11 +127,3 @@ def _epilogue(sch: Any, product: Any, keep: tuple[Any, ...] = ()) -> Any:
     inline_all(sch, keep=(product, out, *keep))
     sch.set_scope(product, 0, "local")
     return out
-
-
-def _innermost_is_reduction(sch: Any, product: Any) -> bool:
-    """Whether the second operand's last index is the reduction axis."""
-    block = sch.get(product)
-    reduce_vars = {iter_var.var for iter_var in block.iter_vars if iter_var.iter_type == tirx.IterVar.CommReduce}
-    region = block.reads[1].region[-1]
-    return region.min in reduce_vars

@@ -1,4 +1,4 @@
-"""`PackedWeight`: a weight matrix as kernels see it, whatever its bits, and single elements of it as expressions."""
+"""`WeightSpec`: a weight matrix as kernels see it, whatever its bits, and single elements of it as expressions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -16,7 +16,8 @@ from nas.gguf_export import gguf_architecture, write_gguf
 from nas.tokenizer import train_tokenizer
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
-from search_spaces.quantisation import Precision, dequantise, quantise
+from search_spaces.precision import Precision
+from search_spaces.quantisation import dequantise, quantise
 from search_spaces.references import reference
 
 gguf = pytest.importorskip("gguf", reason="GGUF is an extra")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from search_helpers import SPACE_FILE, Listener, contents, repeated_steps, run_search, settings, write_speeches
 
 import nas.candidates
@@ -23,6 +24,10 @@ from search_spaces.counting import weight_bytes
 from search_spaces.precision import PRECISIONS, Precision
 from search_spaces.quantisation import round_weights
 from search_spaces.space import Space, load_space
+from targets.measurement import Measurement, Timing
+from targets.null import NullTarget
+from targets.program import Sample
+from targets.spec import load_spec
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,58 @@ def test_a_candidate_is_measured_and_scored_in_the_precision_asked_for(tmp_path:
         assert fewer is not None
         assert all_bits is not None
         assert fewer < all_bits
+
+
+class Reader(NullTarget):
+    """A null target that reads what the check against PyTorch is made with."""
+
+    names: frozenset[str] = frozenset()
+
+    def measure(self, artifact: Path, sample: Sample, timing: Timing) -> Measurement:
+        path = artifact.with_name("sample")
+        sample.write(path)
+        with safe_open(path, framework="np") as file:
+            self.names = frozenset(file.keys())
+        return super().measure(artifact, sample, timing)
+
+
+def test_the_program_is_checked_on_the_weights_in_their_precision(tmp_path: Path, corpus: Corpus) -> None:
+    target = Reader(load_spec("null"))
+    run_search(tmp_path / "run", corpus, trials=1, target=target, given=settings(weights=("int8",)))
+    assert {"embed.tokens.weight_values", "embed.tokens.weight_scales"} <= target.names
+    assert "embed.tokens.weight" not in target.names
+
+
+def test_a_limit_of_memory_is_one_of_the_precisions_bytes(tmp_path: Path, corpus: Corpus) -> None:
+    ruled_out = {}
+    for precision in ("fp32", "int4"):
+        given = settings(weights=(precision,), max_memory_bytes=1000)
+        _, outcome = run_search(tmp_path / precision, corpus, trials=1, space=one_model(), given=given)
+        (ruled_out[precision],) = outcome.evaluations
+    few, many = ruled_out["int4"], ruled_out["fp32"]
+    assert few.config is not None
+    assert (few.state, many.state) == ("infeasible", "infeasible")
+    saved = weight_bytes(few.config) - weight_bytes(few.config, "int4")
+    assert few.peak_bytes is not None
+    assert many.peak_bytes == few.peak_bytes + saved
+    _, free = run_search(tmp_path / "free", corpus, trials=1, space=one_model(), given=settings(weights=("int4",)))
+    given = settings(weights=("fp32", "int4"), max_memory_bytes=free.evaluations[0].peak_bytes)
+    _, outcome = run_search(tmp_path / "both", corpus, trials=8, space=one_model(), given=given)
+    assert {(e.weights, e.state) for e in outcome.evaluations} == {("fp32", "infeasible"), ("int4", "complete")}
+
+
+def test_a_rounded_score_whose_record_was_not_written_is_found_in_the_weights(tmp_path: Path, corpus: Corpus) -> None:
+    given = settings(weights=("int4",))
+    run, _ = run_search(tmp_path / "run", corpus, trials=1, given=given)
+    done = run.load(0)
+    assert done is not None
+    done.evolve(state="running", score=None, val_bpb=None, val_bpb_stderr=None).save(run.trial_path(0))
+
+    def no_training(trial: int, stage: str) -> None:
+        assert (trial, stage) != (0, "train")
+
+    run_search(tmp_path / "run", corpus, trials=1, given=given, view=Listener(no_training))
+    assert run.load(0) == done
 
 
 def test_the_record_of_a_score_goes_there_and_back(tmp_path: Path, corpus: Corpus) -> None:

@@ -9,17 +9,8 @@ from torch import Tensor
 
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
-from search_spaces.quantisation import (
-    GROUP,
-    PRECISIONS,
-    Precision,
-    bits,
-    dequantise,
-    quantise,
-    quantised_names,
-    round_weights,
-    stored_tensors,
-)
+from search_spaces.precision import GROUP, PRECISIONS, Precision
+from search_spaces.quantisation import bits, dequantise, quantise, quantised_names, round_weights, stored_tensors
 from search_spaces.stages import stage_uses
 
 FEWER: tuple[Precision, ...] = ("fp16", "int8", "int4")

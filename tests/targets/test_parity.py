@@ -19,7 +19,7 @@ from strategies import random_config
 from cost_models.measured import DECODE_STEPS, make_sample
 from cost_models.program import build_program
 from search_spaces.config import SLMConfig
-from search_spaces.quantisation import PRECISIONS, Precision
+from search_spaces.precision import PRECISIONS, Precision
 from search_spaces.workload import RequestTokens
 from targets.local import LocalTarget
 from targets.measurement import Measurement, Timing
@@ -102,13 +102,15 @@ def make(**changes: Any) -> SLMConfig:
     return SLMConfig(**{**BASE, **changes})
 
 
+MANY = 70
+"""More rows than attention takes keys at a time."""
 PROMPTS = (2, 9, 22)
 """Rows below, just above and far above a register tile. Few of them, so that candidates share compiled kernels."""
 
 
 def request(config: SLMConfig, rng: random.Random) -> RequestTokens:
     """A prompt that leaves room for the decode steps, and for some tokens more or less."""
-    prompt = rng.choice(PROMPTS)
+    prompt = MANY if config.context > 2 * MANY else rng.choice(PROMPTS)
     return RequestTokens(prompt=prompt, generated=rng.randint(DECODE_STEPS, config.context - prompt))
 
 

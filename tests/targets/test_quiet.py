@@ -306,3 +306,33 @@ def test_without_a_folder_everything_goes_on_and_nothing_is_claimed(runtime: Pat
         yield_to_measuring()
         with measuring() as found:
             assert found is None
+
+
+def test_work_that_gave_up_once_is_stopped_by_the_next_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It went on beside a measurement that took too long; when that has ended, it is work like any other."""
+    monkeypatch.setattr(quiet, "MOST_PAUSE_S", 0.05)
+    began, ended, done = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        with working():
+            began.set()
+            ended.wait(SOON_S)
+            yield_to_measuring()
+            done.wait(SOON_S)
+
+    with measuring(SOON_S) as found:
+        assert found is True
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert began.wait(SOON_S)  # without the room, which the measurement has
+    ended.set()
+    until(lambda: not quiet_now())
+    done.set()
+    thread.join(SOON_S)
+    assert quiet_now()
+
+
+def quiet_now() -> bool:
+    """Whether a measurement finds all work stopped."""
+    with measuring(0.0) as found:
+        return found is True
