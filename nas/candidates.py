@@ -107,8 +107,7 @@ class Settings:
             "sampler": self.sampler,
             "speed": self.speed,
             "train_bytes": self.train_bytes,
-            # Left out where it is the default: runs from before there was a choice go on.
-            **({} if self.weights == ("fp32",) else {"weights": ",".join(self.weights)}),
+            "weights": ",".join(self.weights),
             "prompt_bytes": self.workload.prompt_bytes,
             "generate_bytes": self.workload.generate_bytes,
             **dataclasses.asdict(self.limits),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nas.describe import describe_config, design_facts, format_bpb, format_bytes, format_count, format_ms, format_rate, format_s
+from nas.describe import describe_trial, format_bpb, format_bytes, format_count, format_ms, format_rate, format_s, trial_facts
 from nas.evaluation import Evaluation, Speed
 from nas.front import choose, front_of, pareto_front
 
@@ -68,7 +68,7 @@ def hover(evaluation: Evaluation, name: str | None = None) -> str:
     title = html.escape(name) if name is not None else f"Trial {evaluation.trial}"
     lines = [f"<b>{title}</b>"]
     if evaluation.config is not None:
-        words = describe_config(evaluation.config).split(", ")
+        words = describe_trial(evaluation).split(", ")
         # Plotly does not wrap hovers; three parts a line keep them narrower than a phone.
         lines += [html.escape(", ".join(words[i : i + 3])) for i in range(0, len(words), 3)]
     lines.append(f"{format_bpb(evaluation.val_bpb, evaluation.val_bpb_stderr)} bits per byte")
@@ -198,7 +198,7 @@ def _log_scale(low: float, high: float) -> dict[str, Any]:
 def design_figure(evaluations: Sequence[Evaluation], speed: Speed) -> Figure | None:
     """Parallel coordinates of every design choice that varies, coloured by bits per byte; None with too few candidates."""
     ranked = [e for e in evaluations if e.is_ranked(speed) and e.config is not None]
-    facts = [design_facts(e.config) for e in ranked if e.config is not None]
+    facts = [trial_facts(e) for e in ranked]
     if len(ranked) < _FEWEST_LINES:
         return None
     bpb = [e.val_bpb for e in ranked if e.val_bpb is not None]

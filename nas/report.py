@@ -125,7 +125,7 @@ def _headline(manifest: Mapping[str, Any], evaluations: Sequence[Evaluation], fr
         ("Date", _name(_find(manifest, "created"))),
         ("Corpus", _name(_find(manifest, "corpus"))),
         ("Training text", format_bytes(budget) if isinstance(budget, int | float) and not isinstance(budget, bool) else _name(budget)),
-        ("Weights", _name(_find(manifest, "weights")).replace(",", ", ")),
+        ("Weights", "" if (weights := _name(_find(manifest, "weights"))) == "fp32" else weights.replace(",", ", ")),
         ("Trials", f"{done} of {len(evaluations)} complete"),
         ("Front", f"{len(front)} {'model' if len(front) == 1 else 'models'}"),
     ]

@@ -7,8 +7,7 @@ from typing import Any
 
 from nas.corpus import Corpus
 from nas.tokenizer import Tokenizer
-from nas.training import _threads as using_threads
-from nas.training import evaluate
+from nas.training import evaluate, using_threads
 from search_spaces.model import SLM
 from search_spaces.precision import Precision
 from search_spaces.quantisation import round_weights

@@ -46,6 +46,7 @@ _OPTIONS = {
     "train_bytes": "--train-bytes",
     "sampler": "--sampler",
     "speed": "--speed",
+    "weights": "--weights",
     "storage": "--storage",
     "max_params": "--max-params",
     "max_memory_bytes": "--max-memory",
@@ -291,8 +292,10 @@ def _comparable(key: str, value: Any) -> Any:
         return value.get("sha256")  # the same text under another name or path is the same corpus
     if key == "device":
         return {k: value.get(k) for k in _DEVICE}
-    if key == "settings" and isinstance(value.get("storage"), str):
-        return {**value, "storage": without_password(value["storage"])}
+    if key == "settings":
+        value = {"weights": "fp32", **value}  # a run from before there was a choice
+        if isinstance(value.get("storage"), str):
+            value["storage"] = without_password(value["storage"])
     return value
 
 

@@ -162,7 +162,7 @@ def train(
             f"{tokenizer.vocab_size}, or train a smaller tokenizer"
         )
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    with _threads(threads) as used_threads:
+    with using_threads(threads) as used_threads:
         window = min(config.context, math.ceil(budget.window_bytes / tokenizer.bytes_per_token))
         # By bytes, so that a short context or small vocabulary changes neither the text of a step nor the number of steps.
         batch = max(1, round(budget.batch_windows * budget.window_bytes / (window * tokenizer.bytes_per_token)))
@@ -330,7 +330,8 @@ def _windows(stream: Tokens, window: int, end_of_text: int, seed: int, device: t
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[int]:
+def using_threads(threads: int | None) -> Iterator[int]:
+    """Has torch use so many threads for a while (None: as many as it does); gives how many it uses."""
     before = torch.get_num_threads()
     if threads is not None and threads != before:
         torch.set_num_threads(threads)

@@ -50,6 +50,8 @@ def test_a_trial_is_taken_apart_at_the_lengths_of_its_own_tokens() -> None:
     found = trial_profiles(evaluation, REQUEST)
     assert found.keys() == {"prefill", "decode"}
     assert found["prefill"].operators[0].flops == 20 * found["decode"].operators[0].flops
+    fewer = trial_profiles(evaluation.evolve(weights="fp16"), REQUEST)
+    assert fewer["decode"].operators[0].read_bytes == found["decode"].operators[0].read_bytes / 2
 
 
 @pytest.mark.parametrize(

@@ -327,3 +327,13 @@ def test_a_start_is_known_by_its_architecture_whatever_its_precision() -> None:
     space = load_space("tiny")
     start = run(1)[0].evolve(state="complete", params_drawn={**(space.start(0) or {}), "weights": "int8"})
     assert [r.evaluation for r in starts_among([start], space)] == [start]
+
+
+def test_charts_tell_the_precision_where_it_is_told() -> None:
+    mixed = [e.evolve(weights="int4" if i % 2 else "fp32") for i, e in enumerate(run(12))]
+    assert "int4 weights" in hover(mixed[1])
+    assert "weights" not in hover(mixed[0])
+    figure = design_figure(mixed, "decode")
+    assert figure is not None
+    (found,) = (d for d in figure["data"][0]["dimensions"] if d["label"] == "weights")
+    assert found["ticktext"] == ["fp32", "int4"]

@@ -233,8 +233,12 @@ def test_a_score_of_another_precision_is_not_taken_for_a_trials_own(tmp_path: Pa
 
 def test_a_run_keeps_its_precisions_and_one_from_before_there_were_any_goes_on(tmp_path: Path, corpus: Corpus) -> None:
     run, _ = run_search(tmp_path / "run", corpus, trials=1)
-    assert "weights" not in json.loads((run.path / "manifest.json").read_text())["settings"]
-    with pytest.raises(InvalidRun, match=r"weights unset, not int8,int4; use the same to go on with it"):
+    path = run.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["settings"].pop("weights") == "fp32"
+    path.write_text(json.dumps(manifest))
+    run_search(tmp_path / "run", corpus, trials=1)
+    with pytest.raises(InvalidRun, match=r"made with --weights fp32, not int8,int4; use the same to go on with it"):
         run_search(tmp_path / "run", corpus, given=settings(weights=("int8", "int4")))
 
 
