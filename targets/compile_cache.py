@@ -4,9 +4,11 @@ Needs no compiler, so that it is counted and emptied at once.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import time
 import zlib
@@ -160,3 +162,16 @@ def _about(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return about if isinstance(about, dict) else {}
+
+
+@functools.cache
+def sources(module: str) -> str:
+    """A hash of the source of a module, or of its whole package if it is in one; asked once, as modules are loaded once."""
+    package = module.partition(".")[0]
+    found = sys.modules[package]
+    file = getattr(found, "__file__", None)
+    paths = sorted(path for folder in getattr(found, "__path__", ()) for path in Path(folder).rglob("*.py"))
+    content = hashlib.sha256()
+    for path in paths or ([Path(file)] if file else []):
+        content.update(path.name.encode() + path.read_bytes())
+    return content.hexdigest()

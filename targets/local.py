@@ -5,6 +5,7 @@ The measuring child holds nothing but TVM's runtime, since another library's thr
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from targets.compile_cache import sources
 from targets.cpu import Cpu, Tuning
 from targets.job import MANIFEST, PRODUCT_SIZE, READ_VALUES, Job
 from targets.measurement import Measurement, Timing
@@ -26,8 +28,6 @@ from targets.worker import Worker, WorkerError
 
 COMPILE_TIMEOUT_S = 600.0
 _DETECT_TIMEOUT_S = 180.0
-_PROBE_FORMAT = 4
-"""Counts up when the probe's kernels or the way they are timed change."""
 
 
 class LocalTarget:
@@ -192,11 +192,13 @@ class LocalTarget:
         _write_json(path, dataclasses.asdict(tuning))
         return tuning
 
-    def _file(self, what: str, spec: DeviceSpec, suffix: str) -> Path:
+    def _file(self, what: str, spec: DeviceSpec, suffix: str, cpu: Cpu | None = None) -> Path:
         """A file of the cache that holds for this processor, compiler and way of measuring."""
         assert self._cache is not None
         version = importlib.metadata.version("apache-tvm")
-        return self._cache / f"{what}-{_PROBE_FORMAT}-tvm{version}-{spec.cpu}-{spec.cores}x{spec.vector_bytes}.{suffix}"
+        depends = json.dumps([self._llvm(spec), repr(cpu or _cpu(spec)), sources(__name__)], sort_keys=True)
+        digest = hashlib.sha256(depends.encode()).hexdigest()[:12]
+        return self._cache / f"{what}-tvm{version}-{spec.cpu}-{spec.cores}x{spec.vector_bytes}-{digest}.{suffix}"
 
     def _ceilings(self, spec: DeviceSpec, cpu: Cpu) -> dict[str, float]:
         probe = str(self._probe(spec, cpu))
@@ -208,7 +210,7 @@ class LocalTarget:
         return result
 
     def _probe(self, spec: DeviceSpec, cpu: Cpu) -> Path:
-        path = self._file(f"probe{cpu.tile_columns}", spec, "so")
+        path = self._file("probe", spec, "so", cpu)
         if not path.exists():
             with tempfile.TemporaryDirectory(dir=self._cache) as folder:
                 made = self._compile(

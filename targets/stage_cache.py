@@ -4,12 +4,11 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from targets.compile_cache import STAGE, CompileCache
+from targets.compile_cache import STAGE, CompileCache, sources
 from targets.compiled_stage import CompiledStage
 from targets.cpu import Cpu
 from targets.kernels import KernelCache
@@ -48,7 +47,7 @@ class StageCache:
         self._files.add(self._name(stage), lambda path: _write(path, text))
 
     def _name(self, stage: Stage) -> str:
-        identity = [stage.key, repr(self._cpu), _version("torch"), _sources(__name__), _sources(_module(stage.export))]
+        identity = [stage.key, repr(self._cpu), _version("torch"), sources(__name__), sources(_module(stage.export))]
         return f"{stage.key}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}{STAGE}"
 
 
@@ -69,16 +68,3 @@ def _module(export: Callable[..., Any]) -> str:
     while isinstance(export, functools.partial):
         export = export.func
     return export.__module__
-
-
-@functools.cache
-def _sources(module: str) -> str:
-    """A hash of the source of a module, or of its whole package if it is in one; asked once, as modules are loaded once."""
-    package = module.partition(".")[0]
-    found = sys.modules[package]
-    file = getattr(found, "__file__", None)
-    paths = sorted(path for folder in getattr(found, "__path__", ()) for path in Path(folder).rglob("*.py"))
-    content = hashlib.sha256()
-    for path in paths or ([Path(file)] if file else []):
-        content.update(path.name.encode() + path.read_bytes())
-    return content.hexdigest()

@@ -6,7 +6,7 @@ import tvm
 from tvm import relax
 from tvm.relax import transform
 
-from targets.layout import Layout
+from targets.layout import Layout, StoredArray
 from targets.program import Call, Function
 from targets.tvm_operators import OTHER, call_operators, weight_uses
 
@@ -129,8 +129,12 @@ def test_uses_come_in_the_order_of_the_calls_and_apart_by_layout() -> None:
         Call(stage="second", inputs=("y",), weights={"w": "shared", "b": "bias"}, outputs=("z",), operators={"w": "head"}),
     )
     function = Function(name="f", inputs={}, calls=calls, outputs=("z",))
-    weights = [("shared", plain), ("shared", packed), ("bias", plain)]
-    same = {"first": [("table", plain)], "second": [("w", plain), ("b", plain)]}
+
+    def stored(name: str, layout: Layout = plain) -> StoredArray:
+        return StoredArray(names=(name,), layout=layout)
+
+    weights = [stored("shared"), stored("shared", packed), stored("bias")]
+    same = {"first": [stored("table")], "second": [stored("w"), stored("b")]}
     assert weight_uses(function, same, weights) == {0: ["embedding", "head"], 2: [OTHER]}
-    apart = {"first": [("table", plain)], "second": [("w", packed), ("b", plain)]}
+    apart = {"first": [stored("table")], "second": [stored("w", packed), stored("b")]}
     assert weight_uses(function, apart, weights) == {0: ["embedding"], 1: ["head"], 2: [OTHER]}

@@ -19,7 +19,6 @@ from targets.job import MANIFEST
 from targets.link import linker
 from targets.local import LocalTarget
 from targets.measurement import Measurement, Timing
-from targets.target import TargetError
 from targets.tvm_profile import compile_clock
 
 CONFIG = SLMConfig(vocab_size=61, d_model=32, num_layers=2, num_heads=4, ffn_dim=40, context=32)
@@ -64,7 +63,7 @@ def test_a_profile_survives_being_written_down(measured: Measurement) -> None:
     assert Measurement.from_dict(values).profile is None
 
 
-def test_a_manifest_that_does_not_fit_the_program_is_noticed(
+def test_a_manifest_that_does_not_fit_the_program_gives_no_profile_and_the_same_times(
     local_target: LocalTarget, artifact: Path, tmp_path: Path, quick: Timing
 ) -> None:
     other = Path(shutil.copytree(artifact, tmp_path / "program"))
@@ -72,8 +71,9 @@ def test_a_manifest_that_does_not_fit_the_program_is_noticed(
     calls = manifest["operators"]["decode"]
     calls[0], calls[-1] = calls[-1], calls[0]
     (other / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-    with pytest.raises(TargetError, match="decode does not run the kernels that its manifest lists"):
-        local_target.measure(other, make_sample(CONFIG, TOKENS, 0), quick)
+    found = local_target.measure(other, make_sample(CONFIG, TOKENS, 0), quick)
+    assert found.profile is None
+    assert set(found.times_s) == {"prefill", "decode"}
 
 
 # --- the clock ----------------------------------------------------------------------------------
