@@ -64,12 +64,14 @@ class Peak:
         processes_bytes: of each of them, the largest first.
         at_s: when, in seconds from the first sample.
         samples: how often it was looked.
+        longest_gap_s: the longest time between two looks: a peak that came and went within it may have been missed.
     """
 
     total_bytes: int = 0
     processes_bytes: tuple[int, ...] = ()
     at_s: float = 0.0
     samples: int = 0
+    longest_gap_s: float = 0.0
 
 
 def family(root: int) -> list[int]:
@@ -108,12 +110,16 @@ def watched() -> Iterator[Peak]:
         raise click.ClickException("this system has no /proc/PID/smaps_rollup, so memory cannot be summed; give --part small or distinct")
 
     def look() -> None:
+        looked, due = begin, begin
         while True:
+            now = time.monotonic()
+            peak.longest_gap_s, looked = max(peak.longest_gap_s, now - looked), now
             sizes = sorted((pss_bytes(process) for process in family(root)), reverse=True)
             peak.samples += 1
             if sum(sizes) > peak.total_bytes:
-                peak.total_bytes, peak.processes_bytes, peak.at_s = sum(sizes), tuple(sizes), time.monotonic() - begin
-            if done.wait(_SAMPLE_S):
+                peak.total_bytes, peak.processes_bytes, peak.at_s = sum(sizes), tuple(sizes), now - begin
+            due = max(due + _SAMPLE_S, time.monotonic())  # looking at gigabytes may take longer than that
+            if done.wait(due - time.monotonic()):
                 return
 
     thread = threading.Thread(target=look, daemon=True)
@@ -176,7 +182,8 @@ def summary(device: str, found: dict[str, dict[str, Any]]) -> Table:
         if peak := record.get("peak"):
             peak_gb = peak["total_bytes"] / 1e9
             add(f"{name}, measured", f"{record['measure_s']:.2f} s")
-            add(f"{name}, peak of memory", f"{peak_gb:.2f} GB", peak_gb, MOST_PEAK_BYTES / 1e9, "GB")
+            seen = f"{peak_gb:.2f} GB ({peak['samples']} looks, at most {peak['longest_gap_s']:.2f} s apart)"
+            add(f"{name}, peak of memory", seen, peak_gb, MOST_PEAK_BYTES / 1e9, "GB")
     return table
 
 
