@@ -148,12 +148,12 @@ def search(
 
     from cost_models.roofline import Roofline
     from nas.run import resume_or_create
-    from nas.search import new_manifest
+    from nas.search import end_search, new_manifest
     from nas.search import search as run_search
     from nas.terminal import LiveView
 
     # `kill` ends a search as Ctrl-C does: with a usable front.
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = {number: signal.signal(number, end_search) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         manifest = new_manifest(space=loaded_space, corpus=loaded_corpus, corpus_source=corpus, spec=device.spec, settings=settings)
         run = resume_or_create(where, manifest)
@@ -171,7 +171,8 @@ def search(
             )
     finally:
         device.close()
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     _show_outcome(outcome, where, speed, as_json)
 
 
@@ -329,10 +330,6 @@ def _line(error: BaseException) -> str:
 
 def _say(text: str) -> None:
     click.echo(text, err=True)
-
-
-def _interrupt(_number: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _folder_name(name: str) -> str:

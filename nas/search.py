@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import secrets
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ IDLE_TRIALS = 100
 
 REPORT_EVERY_S = 60.0
 """The report is written at the end, and about this often before."""
+
+_ASKED_TO_END = threading.Event()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +116,7 @@ def search(
     bench = Bench(run=run, space=space, target=target, corpus=corpus, settings=settings, cost_model=cost_model, view=view)
     most = DEFAULT_TRIALS if trials is None and timeout_s is None else trials
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    _ASKED_TO_END.clear()
     with run.locked(), working():
         changed = changed_versions(run)
         if changed is not None:
@@ -131,6 +135,12 @@ def search(
             return _finish(bench, interrupted)
 
 
+def end_search(_number: int, _frame: object) -> None:
+    """What a signal that ends a search does. It is noted, too: an interrupt may be raised where Python ignores exceptions."""
+    _ASKED_TO_END.set()
+    raise KeyboardInterrupt
+
+
 def _loop(bench: Bench, study: "optuna.Study", most: int | None, deadline: float | None) -> None:
     """The ask/tell loop."""
     from nas.proposals import propose, tell
@@ -139,6 +149,8 @@ def _loop(bench: Bench, study: "optuna.Study", most: int | None, deadline: float
     done: list[Evaluation] = []
     idle, reported = 0, time.monotonic()
     for number in itertools.count():
+        if _ASKED_TO_END.is_set():
+            raise KeyboardInterrupt
         evaluation = run.load(number)
         finished = evaluation is not None and evaluation.state != "running"
         known = number < len(study.get_trials(deepcopy=False))

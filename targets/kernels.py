@@ -6,35 +6,8 @@ from typing import Any
 
 import tvm
 import tvm_ffi
-from tvm import s_tir, tirx
-from tvm.tirx import compilation_pipeline
 
 from targets.compile_cache import KERNEL, CompileCache
-from targets.schedules.vectors import LOOPS
-
-_LOOPS = "edgewise_loops"
-
-
-def _loops_pipeline() -> tuple[Any, Any, Any]:
-    """What kernels written as loops and vectors need of TVM's default pipeline: a third of its time."""
-    passes = tvm.transform.Sequential(
-        [
-            s_tir.transform.ConvertBlocksToOpaque(),
-            s_tir.transform.LowerOpaqueBlock(),
-            tirx.transform.FlattenBuffer(),
-            tirx.transform.NarrowDataType(32),
-            tirx.transform.UnrollLoop(),
-            tirx.transform.StmtSimplify(),
-            tirx.transform.AnnotateEntryFunc(),
-            tirx.transform.SplitHostDevice(),
-            tirx.transform.MakePackedAPI(),
-        ]
-    )
-    lower = tvm.transform.module_pass(lambda module, context: passes(module), opt_level=0)
-    return lower, compilation_pipeline.finalize_host_passes, compilation_pipeline.finalize_device_passes
-
-
-compilation_pipeline.register_tir_pipeline(_LOOPS, _loops_pipeline)
 
 
 class KernelCache:
@@ -65,9 +38,5 @@ class KernelCache:
     def _compile(self, kernel: Any, symbol: str, path: Path) -> None:
         # Argument checks are half of a small kernel's code; what calls these kernels was checked when it was linked.
         with tvm.transform.PassContext(opt_level=3, config={"tirx.disable_assert": True}):
-            module = tvm.tirx.build(
-                tvm.IRModule({symbol: kernel.with_attr("global_symbol", symbol)}),
-                target=self._target,
-                pipeline=_LOOPS if LOOPS in kernel.attrs else "default",
-            )
+            module = tvm.tirx.build(tvm.IRModule({symbol: kernel.with_attr("global_symbol", symbol)}), target=self._target)
         module.write_to_file(str(path))

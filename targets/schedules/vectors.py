@@ -63,16 +63,12 @@ def local(size: int, kind: str = "float32") -> Any:
     return T.alloc_buffer((size,), kind, scope="local", layout=None)
 
 
-LOOPS = "edgewise.loops"
-"""Marks a kernel without blocks: nothing of it is to be lowered but loops and vectors."""
-
-
 def begin_kernel(name: str, **shapes: tuple[Any, ...]) -> list[Any]:
     """Names a function written as loops and gives its float32 arguments, in order, as flat buffers."""
     T.func_name(name)
     buffers = [T.arg(name, T.buffer(shape, "float32", layout=None)) for name, shape in shapes.items()]
     # Arguments never overlap, there is nothing to schedule, and nothing is to be fused into it.
-    T.func_attr({"tirx.noalias": True, "edgewise.scheduled": True, LOOPS: True, "op_pattern": _OPAQUE})
+    T.func_attr({"tirx.noalias": True, "edgewise.scheduled": True, "op_pattern": _OPAQUE})
     sizes = [math.prod(shape) for shape in shapes.values()]
     return [T.decl_buffer((size,), "float32", data=b.data, layout=None) for b, size in zip(buffers, sizes, strict=True)]
 

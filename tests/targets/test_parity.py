@@ -162,7 +162,9 @@ def test_a_choice_alone_agrees_with_pytorch(
     assert problem(measure(local_target, tmp_path / "program", config, tokens, quick, precision=precision)) is None
 
 
-@pytest.mark.parametrize(("group", "precision"), every(range(20), lambda group, precision: PRECISIONS[group % 4] == precision))
+@pytest.mark.parametrize(
+    ("group", "precision"), every(range(20), lambda group, precision: group < 10 and PRECISIONS[group % 4] == precision)
+)
 def test_random_combinations_agree_with_pytorch(
     group: int, precision: Precision, local_target: LocalTarget, tmp_path: Path, quick: Timing
 ) -> None:
