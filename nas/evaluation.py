@@ -7,8 +7,6 @@ the file before the step or the one after it, never half of one.
 import dataclasses
 import json
 import math
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, Literal, get_args
 from nas.errors import InvalidRun
 from search_spaces.config import InvalidConfig, SLMConfig
 from search_spaces.precision import PRECISIONS, Precision
+from targets.files import whole
 
 State = Literal["running", "complete", "infeasible", "failed", "diverged"]
 """running: not finished; infeasible: breaks a limit; failed: could not be compiled or measured; diverged: training did."""
@@ -237,17 +236,8 @@ def write_whole(path: Path, content: str | bytes) -> Path:
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not `tempfile`: its files are private to the user, this one should have the mode of any other new file.
-    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with whole(path) as part, part.open("xb") as file:
+        file.write(data)
     return path
 
 

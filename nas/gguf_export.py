@@ -7,8 +7,6 @@ channel is a special case of Q8_0, which has one for 32 inputs (in float16: the 
 
 import importlib.util
 import math
-import os
-import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy.typing as npt
 
 from nas.errors import UserError
 from search_spaces.config import SLMConfig
+from targets.files import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,36 +106,30 @@ def write_gguf(
 
     sources = list(_sources(config, architecture))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-    writer = gguf.GGUFWriter(part, architecture)
-    try:
-        for key, value in _facts(config, architecture, precision).items():
-            if isinstance(value, float):
-                writer.add_float32(key, value)
-            else:
-                writer.add_uint32(key, value)
-        _add_tokens(writer, config, tokenizer)
-        for source in sources:
-            rows, columns = _shape(source, tensors)
-            kind = precision if columns and source.matrix else "fp32"
-            shape = (rows, columns // _BLOCK * _BLOCK_BYTES[kind]) if kind in _BLOCK_BYTES else (rows, columns) if columns else (rows,)
-            dtype = np.dtype({"fp32": np.float32, "fp16": np.float16}.get(kind, np.uint8))
-            writer.add_tensor_info(
-                source.name, shape, dtype, math.prod(shape) * dtype.itemsize, gguf.GGMLQuantizationType[_FILE_TYPES[kind][0]]
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for source in sources:
-            writer.write_tensor_data(_array(source, tensors, precision))
-        writer.close()
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        writer.close()
-        part.unlink(missing_ok=True)
-        raise
+    with whole(path) as part:
+        writer = gguf.GGUFWriter(part, architecture)
+        try:
+            for key, value in _facts(config, architecture, precision).items():
+                if isinstance(value, float):
+                    writer.add_float32(key, value)
+                else:
+                    writer.add_uint32(key, value)
+            _add_tokens(writer, config, tokenizer)
+            for source in sources:
+                rows, columns = _shape(source, tensors)
+                kind = precision if columns and source.matrix else "fp32"
+                shape = (rows, columns // _BLOCK * _BLOCK_BYTES[kind]) if kind in _BLOCK_BYTES else (rows, columns) if columns else (rows,)
+                dtype = np.dtype({"fp32": np.float32, "fp16": np.float16}.get(kind, np.uint8))
+                writer.add_tensor_info(
+                    source.name, shape, dtype, math.prod(shape) * dtype.itemsize, gguf.GGMLQuantizationType[_FILE_TYPES[kind][0]]
+                )
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for source in sources:
+                writer.write_tensor_data(_array(source, tensors, precision))
+        finally:
+            writer.close()
     return path
 
 

@@ -9,13 +9,14 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from targets.files import whole
 
 MOST_BYTES = 1 << 30
 """Size of one target's folder, approximately: some fifty thousand kernels."""
@@ -61,13 +62,8 @@ class CompileCache:
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._describe()
-        descriptor, made = tempfile.mkstemp(prefix=".", suffix=f"-{name}", dir=path.parent)
-        os.close(descriptor)
-        try:
-            write(Path(made))
-            Path(made).replace(path)
-        finally:
-            Path(made).unlink(missing_ok=True)
+        with whole(path, durable=False) as part:
+            write(part)
         self._trim(path.parent)
         return path
 
@@ -78,9 +74,8 @@ class CompileCache:
         about = self.folder / _ABOUT
         if about.exists():
             return
-        with tempfile.NamedTemporaryFile("w", dir=self.folder, delete=False, encoding="utf-8") as file:
-            file.write(self._text)
-        Path(file.name).replace(about)
+        with whole(about, durable=False) as part:
+            part.write_text(self._text, encoding="utf-8")
 
     def _trim(self, part: Path) -> None:
         """Removes what was used longest ago until the part fits its share, what a killed process left half written included."""

@@ -39,4 +39,4 @@ class KernelCache:
         # Argument checks are half of a small kernel's code; what calls these kernels was checked when it was linked.
         with tvm.transform.PassContext(opt_level=3, config={"tirx.disable_assert": True}):
             module = tvm.tirx.build(tvm.IRModule({symbol: kernel.with_attr("global_symbol", symbol)}), target=self._target)
-        module.write_to_file(str(path))
+        module.write_to_file(str(path), "o")

@@ -3,13 +3,11 @@
 The measuring child holds nothing but TVM's runtime, since another library's threads would spin and slow it.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
-import signal
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -18,6 +16,7 @@ from typing import Any
 
 from targets.compile_cache import sources
 from targets.cpu import Cpu, Tuning
+from targets.files import whole
 from targets.job import MANIFEST, PRODUCT_SIZE, READ_VALUES, Job
 from targets.measurement import Measurement, Timing
 from targets.program import Program, Sample
@@ -50,7 +49,6 @@ class LocalTarget:
         quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self._compiler = Worker(quiet)
         self._compiling = threading.Lock()
-        self._compiling_process: int | None = None
         # TVM imports PyTorch wherever it is installed, and its threads with it.
         self._runner = Worker({**quiet, "TVM_NUM_THREADS": str(cores), "TVM_USE_RUNTIME_LIB": "1"}, without=("torch",))
         self._cores = cores
@@ -78,11 +76,7 @@ class LocalTarget:
         """
         arguments = (program, self._llvm(self.spec), self.cpu, self._cache, out_dir)
         with self._compiling:
-            try:
-                self._compiling_process = self._ask(self._compiler, "compiling", _DETECT_TIMEOUT_S, "os:getpid")
-                return Path(self._compile("compiling", COMPILE_TIMEOUT_S, "targets.tvm_compile:compile_program", *arguments))
-            finally:
-                self._compiling_process = None
+            return Path(self._compile("compiling", COMPILE_TIMEOUT_S, "targets.tvm_compile:compile_program", *arguments))
 
     def measure(self, artifact: Path, sample: Sample, timing: Timing) -> Measurement:
         """Checks, then times, in the measuring worker.
@@ -127,10 +121,7 @@ class LocalTarget:
 
     def close(self) -> None:
         """Ends both workers, also in the middle of a compile that another thread waits for."""
-        process = self._compiling_process
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process, signal.SIGKILL)
+        self._compiler.kill()
         with self._compiling:  # until that thread has let go of the worker
             self._compiler.close()
         self._runner.close()
@@ -245,9 +236,8 @@ class LocalTarget:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(values, file)
-    Path(file.name).replace(path)
+    with whole(path, durable=False) as part:
+        part.write_text(json.dumps(values), encoding="utf-8")
 
 
 def _cpu(spec: DeviceSpec) -> Cpu:

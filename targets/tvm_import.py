@@ -25,7 +25,7 @@ from targets.layout import Layout, StoredArray
 from targets.schedules.attention import causal_attention
 from targets.schedules.decode_attention import cached_attention, latent_attention
 from targets.schedules.dot import can_dot, dot_product
-from targets.schedules.weights import WeightSpec, packed_gather, packed_product
+from targets.schedules.weights import WeightSpec, cropped, packed_gather, packed_product
 
 _VIEWS = ("view.default", "reshape.default", "transpose.int", "permute.default", "t.default")
 
@@ -52,7 +52,11 @@ def import_stage(program: ExportedProgram, cpu: Cpu) -> ImportedStage:
     for spec in program.graph_signature.input_specs:
         if spec.kind is InputKind.BUFFER:
             spec.kind = InputKind.PARAMETER  # TVM's importer bakes buffers into the program as constants
-    names = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.kind is InputKind.PARAMETER}
+    names = {
+        spec.arg.name: str(spec.target).removeprefix("stage.")
+        for spec in program.graph_signature.input_specs
+        if spec.kind is InputKind.PARAMETER
+    }
     converter = _Converter(names, cpu)
     converter.join(program.graph)
     module = from_exported_program(
@@ -68,10 +72,8 @@ def import_stage(program: ExportedProgram, cpu: Cpu) -> ImportedStage:
     params = []
     for var in function.params[len(inputs) :]:
         if var in used:
-            name = names[var.name]
-            assert name is not None
             params.append(var)
-            weights.append(StoredArray(names=(name.removeprefix("stage."),), layout=Layout(dtype=str(var.ty.dtype))))
+            weights.append(StoredArray(names=(names[var.name],), layout=Layout(dtype=str(var.ty.dtype))))
     for stored, var in converter.packed.items():
         params.append(var)
         weights.append(stored)
@@ -107,7 +109,7 @@ class _Weight:
 class _Converter:
     """Converters for the operators that are ours, with the packed weights they ask for."""
 
-    def __init__(self, names: dict[str, str | None], cpu: Cpu) -> None:
+    def __init__(self, names: dict[str, str], cpu: Cpu) -> None:
         self.names, self.cpu = names, cpu
         self.packed: dict[StoredArray, Any] = {}
         """What kernels take of the weights, as arguments."""
@@ -145,7 +147,7 @@ class _Converter:
                 _, scales, bits = _args(node)
                 groups = 0 if scales is None else int(scales.meta["val"].shape[1])
                 parts = (source,) if scales is None else (source, scales)
-                return _Weight(names=tuple(str(self.names[part.name]) for part in parts), views=(), bits=bits, groups=groups)
+                return _Weight(names=tuple(self.names[part.name] for part in parts), views=(), bits=bits, groups=groups)
             if target not in _VIEWS or not isinstance(source, fx.Node):
                 return None
             if target in ("view.default", "reshape.default"):
@@ -182,7 +184,6 @@ class _Converter:
 
     def _argument(self, stored: StoredArray, shape: Sequence[int]) -> Any:
         """The argument that is this array, a new one if there is none yet."""
-        stored = dataclasses.replace(stored, names=tuple(name.removeprefix("stage.") for name in stored.names))
         if stored not in self.packed:
             self.packed[stored] = relax.Var(f"w{len(self.packed)}_packed", relax.TensorType(list(shape), stored.layout.dtype))
         return self.packed[stored]
@@ -194,7 +195,7 @@ class _Converter:
             if node.op == "call_function" and getattr(node.target, "__name__", "") == "linear.default":
                 weight = self._weight(_args(node)[1])
                 if weight is not None and not weight.views:
-                    part = weight.names[0].removeprefix("stage.").partition(".")[0]
+                    part = weight.names[0].partition(".")[0]
                     groups[_args(node)[0], part].append(_args(node)[1])
         uses = Counter(node for nodes in groups.values() for node in nodes)
         for nodes in groups.values():
@@ -203,7 +204,7 @@ class _Converter:
 
     def _transposed(self, node: fx.Node, order: tuple[int, ...]) -> Any:
         """A float32 weight with its axes permuted, as a new argument."""
-        stored = StoredArray(names=(str(self.names[node.name]),), layout=Layout(views=(("transpose", order),)))
+        stored = StoredArray(names=(self.names[node.name],), layout=Layout(views=(("transpose", order),)))
         return self._argument(stored, [int(node.meta["val"].shape[axis]) for axis in order])
 
     # --- operators ----------------------------------------------------------------------------
@@ -230,7 +231,7 @@ class _Converter:
         out = _call(importer, "dot_product", dot_product(spec, self.cpu), [importer.env[x], *packed], (1, 1, spec.tiles * spec.tile))
         if spec.tiles * spec.tile == spec.rows:
             return out
-        return builder.emit_te(_crop, out, spec.rows, primfunc_name_hint="cropped")
+        return builder.emit_te(cropped, out, spec.rows, primfunc_name_hint="cropped")
 
     def matmul(self, node: fx.Node, importer: Any) -> Any:
         a, b = _args(node)
@@ -342,10 +343,6 @@ def _heads_last(node: fx.Node) -> fx.Node:
     base, order = _base(node)
     assert order == (0, 2, 1, 3), f"attention operand {node.name} is not a heads-first view"
     return base
-
-
-def _crop(padded: te.Tensor, rows: int) -> te.Tensor:
-    return te.compute((*padded.shape[:-1], rows), lambda *i: padded(*i), name="cropped")
 
 
 def _product(a: te.Tensor, base: te.Tensor, order: tuple[int, ...]) -> te.Tensor:

@@ -18,7 +18,7 @@ from tvm.runtime.vm import VirtualMachine  # not `relax`: the child may hold TVM
 
 from targets.arrays import ArrayFile
 from targets.job import MANIFEST, Job
-from targets.layout import StoredArray
+from targets.layout import StoredArray, packed_shape
 from targets.measurement import NOISY_IQR, SLOW, Timing, interquartile_range
 from targets.memory import held_bytes
 from targets.program import ROWS, Step
@@ -218,7 +218,7 @@ class Probe:
     def product(self, size: int, tile: int) -> Callable[[], float]:
         """Seconds of one fixed matrix product, `size` cubed."""
         generator = np.random.default_rng(0)
-        shapes = ((1, size, size), (-(-size // tile), size, tile), (1, size, size))
+        shapes = ((1, size, size), packed_shape(size, size, tile), (1, size, size))
         arrays = [tvm.runtime.tensor(generator.standard_normal(shape, dtype=np.float32), self._device) for shape in shapes]
         return self._timer("product", arrays)
 

@@ -8,6 +8,7 @@ import tvm
 
 from targets.cpu import Cpu, Tuning
 from targets.job import ROW_VARIANT_SHAPE, VARIANT_SHAPE, row_variant_name, variant_name
+from targets.layout import packed_shape
 
 _ROUNDS = 12
 _BETTER = 0.97
@@ -41,5 +42,5 @@ def _fastest(module: Any, cpu: Cpu, variants: dict[str, tuple[Tuning, tuple[int,
 def _arrays(cpu: Cpu, tuning: Tuning, shape: tuple[int, int, int]) -> list[Any]:
     rows, depth, columns = shape
     tile = cpu.lanes * tuning.tile_vectors
-    shapes = ((1, rows, depth), (-(-columns // tile), depth, tile), (1, rows, columns))
+    shapes = ((1, rows, depth), packed_shape(columns, depth, tile), (1, rows, columns))
     return [tvm.runtime.tensor(np.ones(size, dtype=np.float32), tvm.cpu()) for size in shapes]

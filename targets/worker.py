@@ -69,6 +69,10 @@ class Worker:
             raise WorkerError(value)
         return value
 
+    def kill(self) -> None:
+        """Ends the child, also while another thread waits for its answer, whose call then fails; `close` clears up after it."""
+        _kill(self._child)
+
     def close(self) -> None:
         """Ends the child; the next call starts another."""
         child, self._child = self._child, None
@@ -77,9 +81,7 @@ class Worker:
             log.close()
         if child is None:
             return
-        if child.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+        _kill(child)
         child.wait()
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
@@ -117,6 +119,12 @@ class Worker:
         self._log.seek(max(0, self._log.tell() - 2000))
         lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
         return lines[-1] if lines else ""
+
+
+def _kill(child: "subprocess.Popen[bytes] | None") -> None:
+    if child is not None and child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 def _exit_reason(code: int | None, last_line: str) -> str:

@@ -128,9 +128,12 @@ def packed_product(weight: WeightSpec, x: te.Tensor, *arrays: te.Tensor) -> te.T
         lambda *i: te.sum(x[(*i[:-1], k)] * element(tirx.indexdiv(i[-1], weight.tile), k, tirx.indexmod(i[-1], weight.tile)), axis=k),
         name="packed_product",
     )
-    if weight.tiles * weight.tile == weight.rows:
-        return padded
-    return te.compute((*x.shape[:-1], weight.rows), lambda *i: padded(*i), name="cropped")
+    return padded if weight.tiles * weight.tile == weight.rows else cropped(padded, weight.rows)
+
+
+def cropped(padded: te.Tensor, rows: int) -> te.Tensor:
+    """The first `rows` of the last axis: whole tiles without their padding."""
+    return te.compute((*padded.shape[:-1], rows), lambda *i: padded(*i), name="cropped")
 
 
 def packed_gather(weight: WeightSpec, indices: te.Tensor, *arrays: te.Tensor) -> te.Tensor:

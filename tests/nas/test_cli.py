@@ -144,14 +144,23 @@ def test_a_reference_is_measured_with_an_assumed_tokenizer(capsys: pytest.Captur
     assert "steady" in shown
 
 
-def test_a_model_in_fewer_bits_is_counted_measured_and_checked(
-    tmp_path: Path, local_target: LocalTarget, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def on_local_target(local_target: LocalTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands measure on the target that other tests go on with."""
     monkeypatch.setattr("targets.target.load_target", lambda name, cache: local_target)
-    monkeypatch.setattr(local_target, "close", lambda: None)  # other tests go on with it
-    config = SLMConfig(vocab_size=61, d_model=32, num_layers=1, num_heads=4, ffn_dim=40, context=32)
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
-    name = str(tmp_path / "config.json")
+    monkeypatch.setattr(local_target, "close", lambda: None)
+
+
+def tiny_config(folder: Path, num_layers: int) -> str:
+    config = SLMConfig(vocab_size=61, d_model=32, num_layers=num_layers, num_heads=4, ffn_dim=40, context=32)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+    return str(folder / "config.json")
+
+
+def test_a_model_in_fewer_bits_is_counted_measured_and_checked(
+    tmp_path: Path, on_local_target: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = tiny_config(tmp_path, num_layers=1)
     args = ["measure", name, "--prompt-bytes", "6", "--generate-bytes", "10", "--weights", "int4"]
     assert main([*args, "--profile", "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
@@ -176,14 +185,8 @@ def test_a_search_in_several_precisions_says_which(small: list[str], capsys: pyt
     assert {m["weights"] for m in json.loads(capsys.readouterr().out)["front"]} <= {"int8", "int4"}
 
 
-def test_a_profile_is_shown_and_written(
-    tmp_path: Path, local_target: LocalTarget, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("targets.target.load_target", lambda name, cache: local_target)
-    monkeypatch.setattr(local_target, "close", lambda: None)  # other tests go on with it
-    config = SLMConfig(vocab_size=61, d_model=32, num_layers=2, num_heads=4, ffn_dim=40, context=32)
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
-    args = ["measure", str(tmp_path / "config.json"), "--prompt-bytes", "6", "--generate-bytes", "10"]
+def test_a_profile_is_shown_and_written(tmp_path: Path, on_local_target: None, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["measure", tiny_config(tmp_path, num_layers=2), "--prompt-bytes", "6", "--generate-bytes", "10"]
     assert main([*args, "--profile"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^prefill of 6 tokens$", shown, re.MULTILINE)

@@ -185,8 +185,9 @@ def test_closing_ends_a_compile_that_another_thread_waits_for(local_spec: Device
         while not (tmp_path / "bad").exists():  # until the worker is at it
             assert not compiling.done()
             time.sleep(0.01)
-        worker = target._compiling_process
-        assert worker is not None
+        child = target._compiler._child
+        assert child is not None
+        worker = child.pid
         target.close()
         with pytest.raises(TargetError, match="compiling failed: the process was ended by SIGKILL"):
             compiling.result()
