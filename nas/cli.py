@@ -4,11 +4,11 @@ Nothing heavy is imported until a command needs it: `--help` and the lists answe
 user's mistake, 1 anything else; an error is one line on stderr (EDGEWISE_DEBUG=1 shows where it came from).
 """
 
+import contextlib
 import errno
 import json
 import os
 import re
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,13 +148,12 @@ def search(
 
     from cost_models.roofline import Roofline
     from nas.run import resume_or_create
-    from nas.search import end_search, new_manifest
+    from nas.search import ended_by_signals, new_manifest
     from nas.search import search as run_search
     from nas.terminal import LiveView
 
     # `kill` ends a search as Ctrl-C does: with a usable front.
-    previous = {number: signal.signal(number, end_search) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ended_by_signals(), contextlib.closing(device):
         manifest = new_manifest(space=loaded_space, corpus=loaded_corpus, corpus_source=corpus, spec=device.spec, settings=settings)
         run = resume_or_create(where, manifest)
         with LiveView(speed=speed, console=_stderr_console() if as_json else None) as view:
@@ -169,10 +168,6 @@ def search(
                 trials=trials,
                 timeout_s=timeout,
             )
-    finally:
-        device.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     _show_outcome(outcome, where, speed, as_json)
 
 

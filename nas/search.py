@@ -5,13 +5,16 @@ the study if that does not know it yet, any other is (or goes on being) tried. N
 all this one loop.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import secrets
+import signal
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -135,10 +138,30 @@ def search(
             return _finish(bench, interrupted)
 
 
-def end_search(_number: int, _frame: object) -> None:
-    """What a signal that ends a search does. It is noted, too: an interrupt may be raised where Python ignores exceptions."""
-    _ASKED_TO_END.set()
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Has Ctrl-C and `kill` interrupt what runs inside.
+
+    An interrupt may be raised where Python only reports exceptions, as in the callback of a weak reference: it is noted,
+    for the loop to end all the same, and not reported.
+    """
+
+    def end(_number: int, _frame: object) -> None:
+        _ASKED_TO_END.set()
+        raise KeyboardInterrupt
+
+    def report(ignored: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(ignored.exc_value, KeyboardInterrupt):
+            hook(ignored)
+
+    hook, sys.unraisablehook = sys.unraisablehook, report
+    previous = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = hook
 
 
 def _loop(bench: Bench, study: "optuna.Study", most: int | None, deadline: float | None) -> None:

@@ -5,8 +5,10 @@ import errno
 import json
 import math
 import random
+import signal
 import sqlite3
 import threading
+import weakref
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
@@ -23,7 +25,7 @@ from nas.export import export_trial, load_exported
 from nas.front import front_of
 from nas.proposals import SAMPLERS, UNTRAINED_BPB, VIOLATION, make_sampler, open_study, propose, tell
 from nas.run import Run
-from nas.search import IDLE_TRIALS
+from nas.search import _ASKED_TO_END, IDLE_TRIALS, ended_by_signals
 from nas.training import Budget
 from search_spaces.space import Space, load_space
 from targets.measurement import Measurement, Timing
@@ -648,3 +650,22 @@ def test_the_study_agrees_with_the_records(tmp_path: Path, corpus: Corpus) -> No
         if e.state == "complete":
             assert told.values == list(e.objectives("request"))
     assert {e.trial for e in front_of(outcome.evaluations, "request")} <= best
+
+
+def test_an_interrupt_that_python_ignores_ends_the_search_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    """A signal may come in the callback of a weak reference, where an exception is reported and goes on no further."""
+    before = signal.getsignal(signal.SIGINT)
+
+    class Dropped:
+        pass
+
+    with ended_by_signals():
+        dropped = Dropped()
+        reference = weakref.ref(dropped, lambda _: signal.raise_signal(signal.SIGINT))
+        del dropped
+        assert reference() is None
+        assert _ASKED_TO_END.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert capfd.readouterr().err == ""
