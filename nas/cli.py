@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nas.cli_cache import cache_group
-from nas.cli_models import count_command, measure_command, spaces_group, targets_group
+from nas.cli_models import count_command, measure_command, spaces_group
+from nas.cli_show import cache_dir
+from nas.cli_targets import targets_group
 from nas.cli_types import PRECISION_HELP, Count, Duration, Precisions, Size
 from targets.quiet import working
 
@@ -144,7 +146,7 @@ def search(
     limits = Limits(max_params=max_params, max_memory_bytes=max_memory, max_latency_s=max_latency)
     settings = Settings(seed=seed, sampler=sampler, speed=speed, train_bytes=train_bytes, weights=weights, limits=limits, storage=storage)
     loaded_corpus = load_corpus(corpus)
-    device = load_target(target, _cache_dir())
+    device = load_target(target, cache_dir())
 
     from cost_models.roofline import Roofline
     from nas.run import resume_or_create
@@ -330,12 +332,6 @@ def _say(text: str) -> None:
 def _folder_name(name: str) -> str:
     """A name as one folder name: it cannot lead anywhere else."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "run"
-
-
-def _cache_dir() -> Path:
-    from nas.cli_models import cache_dir
-
-    return cache_dir()
 
 
 def _stderr_console() -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nas.cli_models import cache_dir
+from nas.cli_show import cache_dir
 
 if TYPE_CHECKING:
     from targets.compile_cache import Usage

@@ -1,7 +1,6 @@
-"""The commands that look at one model, device or space: measure, count, targets, spaces."""
+"""The commands that look at one model or space: measure, count, spaces."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nas.cli_show import cache_dir, table
 from nas.cli_types import PRECISION, PRECISION_HELP
 
 if TYPE_CHECKING:
@@ -21,14 +21,6 @@ if TYPE_CHECKING:
 
 _PROFILE_SHARE = 0.5
 """Of the time that timing takes, spent on a profile that was asked for: many runs, for steady medians."""
-
-
-def cache_dir() -> Path:
-    """Where compiled programs and what was detected of devices are kept: $EDGEWISE_CACHE, else the user's cache."""
-    given = os.environ.get("EDGEWISE_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgewise"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +100,7 @@ def measure_command(
 
     assumed = " (assumed)" if values["bytes_per_token_assumed"] else ""
     click.echo(f"{named.name}: {describe_config(named.config)}")
-    _table(
+    table(
         [
             ("device", values["target"]),
             ("parameters", format_count(values["params"])),
@@ -141,7 +133,7 @@ def _show_profiles(parts: "dict[str, Profile]", values: dict[str, Any]) -> None:
     titles = {"prefill": f"prefill of {values['prompt_tokens']} tokens", "decode": f"decode of a token after {values['context']} others"}
     for phase, part in parts.items():
         click.echo(f"\n{titles[phase]}")
-        _table([COLUMNS, *breakdown_rows(part, **values["ceilings"])])
+        table([COLUMNS, *breakdown_rows(part, **values["ceilings"])])
 
 
 def _measured(
@@ -276,9 +268,9 @@ def count_command(model: str, weights: "Precision", as_json: bool) -> None:
     tables = (c.params_by_component, c.flops_by_component, c.bytes_read_by_component)
     rows += [(name, *(f"{t[name]:,}" if name in t else "–" for t in tables)) for name in components]
     rows.append(("total", f"{c.params:,}", f"{c.flops_per_token:,}", f"{c.bytes_read_per_token:,}"))
-    _table(rows)
+    table(rows)
     click.echo("")
-    _table(
+    table(
         [
             (f"weights ({c.precision})", f"{c.weight_bytes:,} bytes", format_bytes(c.weight_bytes)),
             ("cache per token", f"{c.kv_bytes_per_token:,} bytes", format_bytes(c.kv_bytes_per_token)),
@@ -286,50 +278,6 @@ def count_command(model: str, weights: "Precision", as_json: bool) -> None:
             ("peak while decoding", f"{c.peak_bytes:,} bytes", format_bytes(c.peak_bytes)),
         ]
     )
-
-
-# --- targets ----------------------------------------------------------------------------------
-
-
-@click.group("targets")
-def targets_group() -> None:
-    """See the devices that models can be measured on."""
-
-
-@targets_group.command("list")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def targets_list(as_json: bool) -> None:
-    """List the devices by name."""
-    from targets.spec import device_names, load_spec
-
-    specs = [load_spec(name) for name in device_names()]
-    if as_json:
-        click.echo(json.dumps([{"name": s.name, "kind": s.kind, "description": s.description} for s in specs], indent=1))
-    else:
-        _table([(s.name, s.description) for s in specs])
-
-
-@targets_group.command("show")
-@click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def targets_show(name: str, as_json: bool) -> None:
-    """Show what is known of a device; what is not in its file is detected and measured, which takes a moment.
-
-    \b
-    Example:
-      edgewise targets show local
-    """
-    from targets.target import load_target
-
-    device = load_target(name, cache_dir())
-    try:
-        values = device.spec.to_dict()
-    finally:
-        device.close()
-    if as_json:
-        click.echo(json.dumps(values, indent=1))
-    else:
-        _table([(key, _words(value)) for key, value in values.items() if value not in (None, "", [])])
 
 
 # --- spaces -----------------------------------------------------------------------------------
@@ -350,7 +298,7 @@ def spaces_list(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([{"name": s.name, "about": s.about, "params": s.params_range} for s in spaces], indent=1))
     else:
-        _table([(s.name, s.about) for s in spaces])
+        table([(s.name, s.about) for s in spaces])
 
 
 @spaces_group.command("show")
@@ -374,18 +322,3 @@ def spaces_show(name: str, as_json: bool) -> None:
     click.echo(f"\n# {'Endless' if space.size is None else f'{space.size:,}'} combinations; how they become models that can be built:")
     for rule in REPAIRS:
         click.echo(f"# - {rule}")
-
-
-def _words(value: object) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns padded to line up: the first to the left, figures to the right, the last one free."""
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
-    figures = len(widths) > 2
-    for row in rows:
-        cells = [cell.rjust(widths[i]) if figures and i > 0 else cell.ljust(widths[i]) for i, cell in enumerate(row)]
-        click.echo("  ".join(cells).rstrip())

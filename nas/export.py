@@ -9,12 +9,15 @@ logits = model(torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("My fello
 ```
 """
 
+import importlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nas.describe import describe_config, format_bpb, format_bytes, format_count, format_ms, format_s
-from nas.errors import InvalidRun
+from nas.errors import InvalidRun, UserError
 from nas.evaluation import Evaluation, write_whole
 from nas.front import front_of, speed_of
 from nas.run import Run
@@ -36,16 +39,70 @@ logits = model(torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("My fello
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 
 
-def export_trial(run: Run, trial: int, to: Path) -> Path:
-    """Writes a trial's model into a folder: config.json, model.safetensors, tokenizer.json, a model card.
+FORMATS: Mapping[str, str] = {
+    "hf": "nas.export:write_folder",
+}
+"""What a model can leave as: the name, and the `Exporter` that writes it, imported when it is asked for."""
 
-    The weights leave in float32, as trained; the card says in which precision they were measured and scored.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """A trial that leaves its run, with all that an exporter may need.
+
+    Attributes:
+        run, evaluation, config: where it comes from and what is known of it.
+        model: with the float32 weights as trained, in evaluation mode.
+        tokenizer, tokenizer_path: of the model, and its file.
+        facts: what the header of the weights says, the score among it.
+    """
+
+    run: Run
+    evaluation: Evaluation
+    config: SLMConfig
+    model: "SLM"
+    tokenizer: "Tokenizer"
+    tokenizer_path: Path
+    facts: Mapping[str, Any]
+
+
+class Exporter(Protocol):
+    """Writes a model in one format."""
+
+    def __call__(self, chosen: Chosen, folder: Path) -> None:
+        """Writes the files into `folder`, each whole; `folder` is there, and empty or an earlier export.
+
+        Raises:
+            UserError: if the model cannot leave in this format; the message has the field that is in the way.
+        """
+        ...
+
+
+def export_trial(run: Run, trial: int, to: Path, format_name: str = "hf") -> Path:
+    """Writes a trial's model into a folder.
 
     Returns:
         The folder.
 
     Raises:
         InvalidRun: if the trial has no weights, or the folder holds something that is not an export.
+        UserError: if there is no such format, or the model cannot leave in it.
+    """
+    if format_name not in FORMATS:
+        raise UserError(f"--format {format_name!r} is not known; choose one of {', '.join(FORMATS)}")
+    chosen = choose_trial(run, trial)
+    _check_folder(to)
+    module, _, function = FORMATS[format_name].partition(":")
+    write: Exporter = getattr(importlib.import_module(module), function)
+    to.mkdir(parents=True, exist_ok=True)
+    write(chosen, to)
+    return to
+
+
+def choose_trial(run: Run, trial: int) -> Chosen:
+    """A trial with its weights and tokenizer.
+
+    Raises:
+        InvalidRun: if it has none.
     """
     evaluation = run.load(trial)
     front = front_of(run.evaluations(), speed_of(run))
@@ -56,26 +113,39 @@ def export_trial(run: Run, trial: int, to: Path) -> Path:
     if evaluation.state != "complete":
         raise InvalidRun(f"trial {trial} is {evaluation.state}, so it has no trained weights; {choices}")
     from nas.tokenizer import REMEDY, Tokenizer
-    from nas.weights import load_weights, read_facts, save_weights
+    from nas.weights import load_weights, read_facts
 
     if not source.exists():
         if any(e.trial in (trial, evaluation.duplicate_of) for e in front):
             raise InvalidRun(f"the weights of trial {trial}, {source}, are lost; {REMEDY}")
         raise InvalidRun(f"trial {trial} is not on the front of run {str(run.path)!r}, so its weights were not kept; {choices}")
-    _check_folder(to)
-
     config = evaluation.config
     assert config is not None
-    model = load_weights(source, config, REMEDY)
     tokenizer_path = run.tokenizer_path(_requested_vocab(run, evaluation))
-    tokenizer = Tokenizer.from_file(tokenizer_path)
+    return Chosen(
+        run=run,
+        evaluation=evaluation,
+        config=config,
+        model=load_weights(source, config, REMEDY),
+        tokenizer=Tokenizer.from_file(tokenizer_path),
+        tokenizer_path=tokenizer_path,
+        facts=read_facts(source) or {},
+    )
+
+
+def write_folder(chosen: Chosen, folder: Path) -> None:
+    """config.json, model.safetensors, tokenizer.json and a model card.
+
+    The weights leave in float32, as trained; the card says in which precision they were measured and scored.
+    """
+    from nas.weights import save_weights
+
     # What tokenizer.json has no room for goes into the weights' header.
-    facts = {**(read_facts(source) or {}), "tokenizer": tokenizer.meta}
-    write_whole(to / CONFIG, config.to_json())
-    save_weights(to / WEIGHTS, model, facts)
-    write_whole(to / TOKENIZER, tokenizer_path.read_bytes())
-    write_whole(to / CARD, model_card(run, evaluation, tokenizer.vocab_size))
-    return to
+    facts = {**chosen.facts, "tokenizer": chosen.tokenizer.meta}
+    write_whole(folder / CONFIG, chosen.config.to_json())
+    save_weights(folder / WEIGHTS, chosen.model, facts)
+    write_whole(folder / TOKENIZER, chosen.tokenizer_path.read_bytes())
+    write_whole(folder / CARD, model_card(chosen.run, chosen.evaluation, chosen.tokenizer.vocab_size))
 
 
 def load_exported(folder: str | Path) -> "tuple[SLM, Tokenizer]":

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from nas.cli_models import cache_dir
+from nas.cli_show import cache_dir
 
 ARCHITECTURES = ("aarch64", "arm", "riscv64")
 PACKAGES = ("qemu-user-static", "qemu-user")

@@ -23,6 +23,7 @@ from targets.program import Program, Sample
 from targets.quiet import measuring, resting, wait_for_turn, working
 from targets.spec import DeviceSpec
 from targets.target import TargetError
+from targets.toolchain import processor, toolchain
 from targets.worker import Worker, WorkerError
 
 COMPILE_TIMEOUT_S = 600.0
@@ -74,7 +75,7 @@ class LocalTarget:
         Raises:
             TargetError: if the compiler fails, crashes, takes too long, or the target is closed meanwhile.
         """
-        arguments = (program, self._llvm(self.spec), self.cpu, self._cache, out_dir)
+        arguments = (program, toolchain(self.spec, self.cpu), self._cache, out_dir)
         with self._compiling:
             return Path(self._compile("compiling", COMPILE_TIMEOUT_S, "targets.tvm_compile:compile_program", *arguments))
 
@@ -143,7 +144,7 @@ class LocalTarget:
             cores=self._cores,
             memory_bytes=declared.memory_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         )
-        untuned = _cpu(spec)
+        untuned = processor(spec)
         self._cpu = dataclasses.replace(untuned, tuned=self._tuning(spec, untuned))
         if spec.flops_per_s and spec.read_bytes_per_s:
             return spec
@@ -177,7 +178,7 @@ class LocalTarget:
         assert self._cache is not None
         with tempfile.TemporaryDirectory(dir=self._cache) as folder:
             library = Path(folder) / "variants.so"
-            self._compile("compiling variants", _DETECT_TIMEOUT_S, "targets.tvm_probe:compile_variants", self._llvm(spec), cpu, library)
+            self._compile("compiling variants", _DETECT_TIMEOUT_S, "targets.tvm_probe:compile_variants", toolchain(spec, cpu), library)
             with measuring():
                 tuning: Tuning = self._ask(self._runner, "tuning", _DETECT_TIMEOUT_S, "targets.tvm_tune:best_tuning", str(library), cpu)
         _write_json(path, dataclasses.asdict(tuning))
@@ -187,7 +188,7 @@ class LocalTarget:
         """A file of the cache that holds for this processor, compiler and way of measuring."""
         assert self._cache is not None
         version = importlib.metadata.version("apache-tvm")
-        depends = json.dumps([self._llvm(spec), repr(cpu or _cpu(spec)), sources(__name__)], sort_keys=True)
+        depends = json.dumps([repr(toolchain(spec, cpu)), sources(__name__)])
         digest = hashlib.sha256(depends.encode()).hexdigest()[:12]
         return self._cache / f"{what}-tvm{version}-{spec.cpu}-{spec.cores}x{spec.vector_bytes}-{digest}.{suffix}"
 
@@ -208,18 +209,11 @@ class LocalTarget:
                     "compiling the probe",
                     _DETECT_TIMEOUT_S,
                     "targets.tvm_probe:compile_probe",
-                    self._llvm(spec),
-                    cpu,
+                    toolchain(spec, cpu),
                     Path(folder) / "probe.so",
                 )
                 Path(made).replace(path)
         return path
-
-    @staticmethod
-    def _llvm(spec: DeviceSpec) -> dict[str, Any]:
-        # fast-math lets LLVM vectorise reductions; what it changes is within the tolerance of the check.
-        target: dict[str, Any] = {"kind": "llvm", "mtriple": spec.triple, "mcpu": spec.cpu, "num-cores": spec.cores, "fast-math": True}
-        return target | ({"mattr": list(spec.features)} if spec.features else {})
 
     def _compile(self, what: str, timeout_s: float, function: str, *args: Any) -> Any:
         """Has the compile worker do something, as work that no measurement of this machine runs beside."""
@@ -238,15 +232,3 @@ class LocalTarget:
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     with whole(path, durable=False) as part:
         part.write_text(json.dumps(values), encoding="utf-8")
-
-
-def _cpu(spec: DeviceSpec) -> Cpu:
-    riscv = (spec.triple or "").startswith("riscv")
-    many = riscv or spec.vector_bytes >= 64 or (spec.triple or "").startswith(("aarch64", "arm64"))
-    return Cpu(
-        vector_bytes=spec.vector_bytes,
-        registers=32 if many else 16,
-        cores=spec.cores,
-        dot=spec.dot or "",
-        halves=not riscv or "+zvfhmin" in spec.features,
-    )

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from targets.measurement import Measurement, Timing
 from targets.program import Program, Sample
-from targets.spec import DeviceSpec, device_names, load_spec
+from targets.spec import DeviceSpec, InvalidDevice, device_names, load_spec
 
 __all__ = ["Target", "TargetError", "device_names", "load_target"]
 
@@ -63,6 +63,8 @@ def load_target(name: str, cache_dir: Path | None = None) -> Target:
         from targets.null import NullTarget
 
         return NullTarget(spec)
-    from targets.local import LocalTarget
+    if spec.kind == "local":
+        from targets.local import LocalTarget
 
-    return LocalTarget(spec, cache_dir)
+        return LocalTarget(spec, cache_dir)
+    raise InvalidDevice(f"target {name!r}: kind={spec.kind!r} is not one of local, null; correct its file")

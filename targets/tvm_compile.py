@@ -29,6 +29,7 @@ from targets.program import Function, Program, Stage, TensorSpec
 from targets.schedules.legalize import legalization
 from targets.schedules.rules import schedule_module
 from targets.stage_cache import StageCache
+from targets.toolchain import Toolchain
 from targets.tvm_import import import_stage
 from targets.tvm_operators import call_operators, weight_uses
 
@@ -46,29 +47,28 @@ class LoweredStage:
     weights: tuple[StoredArray, ...]
 
 
-def compile_program(program: Program, llvm: Mapping[str, Any], cpu: Cpu, cache_dir: Path, out_dir: Path) -> Path:
+def compile_program(program: Program, tools: Toolchain, cache_dir: Path, out_dir: Path) -> Path:
     """Compiles a program into `out_dir` and returns that folder.
 
     Args:
-        llvm: the TVM target, as its dict form.
-        cpu: what the schedules need to know.
+        tools: of the device.
         cache_dir: where compiled stages and kernels are kept.
 
     Raises:
         Exception: whatever the compiler raises; the caller reports it.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
-    about = {"format": _FORMAT, "tvm": tvm.__version__, "tvm_ffi": tvm_ffi.__version__, "target": dict(llvm)}
+    about = {"format": _FORMAT, "tvm": tvm.__version__, "tvm_ffi": tvm_ffi.__version__, "target": tools.target}
     files = CompileCache(cache_dir, about)
-    kernels = KernelCache(files, llvm)
-    target = tvm.target.Target(dict(llvm))
-    cache = StageCache(files, kernels, cpu)
+    kernels = KernelCache(files, tools.target)
+    target = tvm.target.Target(tools.target)
+    cache = StageCache(files, kernels, tools.cpu)
     with target:
-        stages = compiled_stages(program, cpu, kernels, cache)
+        stages = compiled_stages(program, tools.cpu, kernels, cache)
         module, weights = link_program(program, stages)
         module, workspace = _plan(module)
         executable = tvm.compile(module, target, relax_pipeline=_bytecode())
-        library = _linked(executable, program, stages, cpu, kernels, cache, out_dir)
+        library = _linked(executable, program, stages, tools, kernels, cache, out_dir)
     manifest = {
         "library": library.name,
         "functions": {name: _function_manifest(f, program) for name, f in program.functions.items()},
@@ -80,7 +80,7 @@ def compile_program(program: Program, llvm: Mapping[str, Any], cpu: Cpu, cache_d
             name: call_operators(module[name], weight_uses(function, {key: stage.weights for key, stage in stages.items()}, weights))
             for name, function in program.functions.items()
         },
-        "target": dict(llvm),
+        "target": tools.target,
         "tvm": tvm.__version__,
     }
     (out_dir / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
@@ -91,7 +91,7 @@ def _linked(
     executable: Any,
     program: Program,
     stages: Mapping[str, CompiledStage],
-    cpu: Cpu,
+    tools: Toolchain,
     kernels: KernelCache,
     cache: StageCache,
     out_dir: Path,
@@ -101,10 +101,10 @@ def _linked(
     for _ in range(_LINK_ATTEMPTS):
         objects = [kernels.find(symbol) for symbol in symbols]
         if None in objects:  # somebody has emptied the cache
-            compiled_stages(program, cpu, kernels, cache)
+            compiled_stages(program, tools.cpu, kernels, cache)
             continue
         made = out_dir / "program.so"
-        link_shared(executable, made, [path for path in objects if path is not None])
+        link_shared(executable, made, [path for path in objects if path is not None], tools.triple)
         return made.rename(out_dir / f"program-{hashlib.sha256(made.read_bytes()).hexdigest()[:16]}.so")
     raise RuntimeError("kernels went from the cache while a program was linked from them, several times; compile again")
 

@@ -17,6 +17,7 @@ from targets.job import PRODUCT_SIZE, READ_VALUES, ROW_VARIANT_SHAPE, VARIANT_SH
 from targets.link import link_shared
 from targets.schedules.product import schedule_packed_product
 from targets.schedules.weights import WeightSpec, packed_product
+from targets.toolchain import Toolchain
 from targets.tvm_profile import compile_clock
 
 
@@ -35,19 +36,21 @@ def detect() -> dict[str, Any]:
     return {"triple": triple, "cpu": cpu, "vector_bytes": 64 if wide else bits // 8, "dot": dot}
 
 
-def compile_probe(llvm: Mapping[str, Any], cpu: Cpu, path: Path) -> Path:
+def compile_probe(tools: Toolchain, path: Path) -> Path:
     """Compiles both kernels, and the clock that profiles are taken with, into a shared library at `path`."""
-    kernels = {"product": _product(cpu, PRODUCT_SIZE, PRODUCT_SIZE, PRODUCT_SIZE), "read": _read(cpu)}
+    kernels = {"product": _product(tools.cpu, PRODUCT_SIZE, PRODUCT_SIZE, PRODUCT_SIZE), "read": _read(tools.cpu)}
     with tempfile.TemporaryDirectory() as folder:
-        link_shared(_library(kernels, llvm), path, [compile_clock(Path(folder))])
+        clock = [] if tools.triple else [compile_clock(Path(folder))]  # only this machine is profiled
+        link_shared(_library(kernels, tools), path, clock, tools.triple)
     return path
 
 
-def compile_variants(llvm: Mapping[str, Any], cpu: Cpu, path: Path) -> Path:
+def compile_variants(tools: Toolchain, path: Path) -> Path:
     """Compiles a product for every tuning of `cpu.variants()`, and of a single row for every one of `cpu.row_variants`.
 
     Kernels are named by `job.variant_name`.
     """
+    cpu = tools.cpu
     many, single = VARIANT_SHAPE, ROW_VARIANT_SHAPE
     kernels = {}
     for tuning in cpu.variants():
@@ -56,7 +59,7 @@ def compile_variants(llvm: Mapping[str, Any], cpu: Cpu, path: Path) -> Path:
             name = row_variant_name(row_tuning)
             if name not in kernels:
                 kernels[name] = _product(dataclasses.replace(cpu, tuned=row_tuning), *single)
-    link_shared(_library(kernels, llvm), path)
+    link_shared(_library(kernels, tools), path, triple=tools.triple)
     return path
 
 
@@ -70,9 +73,9 @@ def _product(cpu: Cpu, rows: int, depth: int, columns: int) -> Any:
     return sch.mod["main"]
 
 
-def _library(kernels: Mapping[str, Any], llvm: Mapping[str, Any]) -> Any:
+def _library(kernels: Mapping[str, Any], tools: Toolchain) -> Any:
     module = tvm.IRModule({name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()})
-    return tvm.compile(module, tvm.target.Target(dict(llvm)))
+    return tvm.compile(module, tvm.target.Target(tools.target))
 
 
 def _read(cpu: Cpu) -> Any:

@@ -26,6 +26,7 @@ from targets.layout import StoredArray
 from targets.link import link_shared
 from targets.program import Program, Stage
 from targets.stage_cache import StageCache
+from targets.toolchain import Toolchain
 
 CPU = Cpu(vector_bytes=16, registers=16, cores=1)
 CONFIG = SLMConfig(vocab_size=61, d_model=32, num_layers=2, num_heads=4, ffn_dim=40, norm="layernorm", norm_bias=False, context=32)
@@ -223,5 +224,5 @@ def test_a_cache_emptied_in_the_middle_of_a_compile_costs_time_alone(
         stages={key: stage for key, stage in program.stages.items() if key.startswith("embed_decode")},
     )
     monkeypatch.setattr(tvm_compile, "_plan", emptied)
-    artifact = tvm_compile.compile_program(small, LLVM, CPU, tmp_path / "cache", tmp_path / "program")
+    artifact = tvm_compile.compile_program(small, Toolchain(target=LLVM, cpu=CPU), tmp_path / "cache", tmp_path / "program")
     assert tvm.runtime.load_module(str(next(artifact.glob("program-*.so")))) is not None

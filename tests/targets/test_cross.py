@@ -18,7 +18,7 @@ from cross.executed import Executed, executed
 from numpy.typing import NDArray
 from tvm import te, tirx
 
-from nas.cli_models import cache_dir
+from nas.cli_show import cache_dir
 from scripts.emulator import Unavailable, emulators
 from search_spaces.config import SLMConfig
 from search_spaces.stages import StageSpec, stage_uses
