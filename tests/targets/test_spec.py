@@ -50,7 +50,7 @@ def test_a_spec_survives_json() -> None:
     ("change", "message"),
     [
         ({"colour": "red"}, "'colour' is not a field of a device; the fields are name, kind"),
-        ({"kind": ["local"]}, r"kind=\['local'\] is not one of"),
+        ({"kind": ["local"]}, r"kind=\['local'\] is not a text"),
         ({"name": 3}, "name=3 is not a text"),
         ({"cpu": 3}, "cpu=3 is not a text"),
         ({"triple": True}, "triple=True is not a text"),
