@@ -1,8 +1,9 @@
-"""Whether llama.cpp, given our GGUF files, is the model that PyTorch is: logits, greedy tokens, tokenizer.
+"""Whether llama.cpp, given our GGUF files, is the model that PyTorch is: logits, greedy tokens, tokenizer, perplexity.
 
     build/peers/bin/python benchmarks/gguf_check.py
 
 A small random model of every architecture that leaves as GGUF, in every precision. float32 must give the same tokens.
+A small trained model's perplexity in F32 and Q8_0 must be within 1 % of PyTorch's in float32.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from cost_models.measured import randomise
 from nas.corpus import load_corpus
 from nas.gguf_export import gguf_architecture, write_gguf
 from nas.tokenizer import train_tokenizer
+from nas.training import Budget, train
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 from search_spaces.precision import PRECISIONS
@@ -93,6 +95,34 @@ def check_tokenizer(folder: Path) -> bool:
     return right
 
 
+def perplexities(folder: Path) -> dict[str, float]:
+    """Of a small model trained on this project's text, per token of a held-out document: PyTorch's, and llama.cpp's in each precision."""
+    text = "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*s/*.py")))
+    (folder / "source.txt").write_text(text, encoding="utf-8")
+    corpus = load_corpus(str(folder / "source.txt"))
+    tokenizer = train_tokenizer(corpus, 1000, folder / "source.json")
+    config = dataclasses.replace(LLAMA, vocab_size=tokenizer.vocab_size, context=256)
+    model, _ = train(config, corpus, tokenizer, Budget(train_bytes=200_000), seed=0)
+    ids = [tokenizer.end_of_text, *tokenizer.encode(corpus.validation[0])][: config.context]
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids[:-1]]))[0]
+    found = {"PyTorch, fp32": perplexity(logits, ids)}
+    for precision in PRECISIONS:
+        path = write_gguf(folder / f"trained-{precision}.gguf", config, dict(model.named_parameters()), tokenizer, precision)
+        llama, rows = Llama(path, config.context, 1, exact=True), []
+        for token in ids[:-1]:
+            llama.feed([token])
+            rows.append(torch.from_numpy(llama.logits()))
+        llama.close()
+        found[precision] = perplexity(torch.stack(rows), ids)
+    return found
+
+
+def perplexity(logits_SV: torch.Tensor, ids: list[int]) -> float:
+    """e to the mean loss of each id but the first, given those before it."""
+    return float(torch.nn.functional.cross_entropy(logits_SV.double(), torch.tensor(ids[1:])).exp())
+
+
 def main() -> None:
     """Prints a table; exit status 1 if anything is off."""
     table, wrong = Table("model", "architecture", "weights", "largest error", "same greedy tokens"), 0
@@ -106,6 +136,12 @@ def main() -> None:
                 table.add_row(*row, style="red" if bad else None)
         Console().print(table)
         wrong += not check_tokenizer(Path(folder))
+        found = perplexities(Path(folder))
+        expected = found["PyTorch, fp32"]
+        for name, value in found.items():
+            bad = name in ("fp32", "int8") and abs(value / expected - 1) > 0.01
+            wrong += bad
+            Console().print(f"perplexity {name}: {value:.4f} ({value / expected - 1:+.3%})", style="red" if bad else None)
     sys.exit(wrong > 0)
 
 

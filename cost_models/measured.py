@@ -1,6 +1,6 @@
 """A config on a target, measured: what a request costs there, after the compiled program equalled PyTorch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,27 +104,40 @@ def _decode_steps(tokens: RequestTokens) -> int:
 def _write(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM | None", precision: "Precision", path: Path) -> None:
     import copy
 
-    import torch
-
     from search_spaces.model import SLM
 
     if model is None:
         model = randomise(SLM(config), seed)
     elif precision != "fp32":
-        model = copy.deepcopy(model)  # its weights are rounded below
-    with torch.inference_mode():
-        write_arrays(path, ((name, value.detach().numpy()) for name, value in _arrays(config, tokens, seed, model, precision)))
+        model = copy.deepcopy(model)  # its weights are rounded in place
+    write_sample(path, model, precision, lambda rounded: _steps(config, tokens, seed, rounded))
 
 
-def _arrays(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM", precision: "Precision") -> "Iterator[tuple[str, Tensor]]":
-    """The sample's arrays one at a time: large models are held once, and nothing beside them."""
+def write_sample(path: Path, model: "SLM", precision: "Precision", steps: "Callable[[SLM], Iterator[tuple[str, Tensor]]]") -> None:
+    """Writes a sample's arrays one at a time: large models are held once, and nothing beside them.
+
+    Args:
+        model: its weights are written as a device stores them, then rounded in place.
+        steps: gives the further arrays by name, from the rounded model.
+    """
     import torch
 
     from search_spaces.quantisation import round_weights, stored_tensors
 
-    for name, tensor, _ in stored_tensors(model, precision):
-        yield name, tensor
-    round_weights(model, precision)
+    def arrays() -> "Iterator[tuple[str, Tensor]]":
+        for name, tensor, _ in stored_tensors(model, precision):
+            yield name, tensor
+        round_weights(model, precision)
+        yield from steps(model)
+
+    with torch.inference_mode():
+        write_arrays(path, ((name, value.detach().numpy()) for name, value in arrays()))
+
+
+def _steps(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM") -> "Iterator[tuple[str, Tensor]]":
+    """The inputs of the scripted run, and what PyTorch gives."""
+    import torch
+
     yield "timed.positions", torch.tensor([tokens.mid_context])
     steps = _decode_steps(tokens)
     ids_S = torch.randint(config.vocab_size, (tokens.prompt + steps,), generator=torch.Generator().manual_seed(seed))

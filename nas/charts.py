@@ -12,7 +12,7 @@ from typing import Any
 
 from nas.describe import describe_trial, format_bpb, format_bytes, format_count, format_ms, format_rate, format_s, trial_facts
 from nas.evaluation import Evaluation, Speed
-from nas.front import choose, front_of, pareto_front
+from nas.front import choose, front_of, on_each, pareto_front
 
 Figure = dict[str, Any]
 
@@ -26,6 +26,10 @@ class Reference:
 
     name: str
     evaluation: Evaluation
+
+    def on(self, device: str | None) -> "Reference":
+        """The model as one device saw it; None: the first."""
+        return Reference(name=self.name, evaluation=self.evaluation.on(device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +86,7 @@ def front_figures(evaluations: Sequence[Evaluation], speed: Speed, references: S
     """Bits per byte against each axis for which figures are known, by `Axis.key`; empty without a complete trial.
 
     Filled marks are the searched front on every axis; the step line is the best reachable at each value of this axis.
+    References without a score are lines at their value of the axis. All of it is of one device (`nas.front.on_each`).
     """
     ranked = [e for e in evaluations if e.is_ranked(speed)]
     front = front_of(evaluations, speed)
@@ -90,7 +95,7 @@ def front_figures(evaluations: Sequence[Evaluation], speed: Speed, references: S
     for axis in AXES:
         shown = [e for e in ranked if (v := axis.value(e)) is not None and v > 0]
         if shown:
-            known = [r for r in references if r.evaluation.val_bpb is not None and (axis.value(r.evaluation) or 0) > 0]
+            known = [r for r in references if (axis.value(r.evaluation) or 0) > 0]
             figures[axis.key] = _front_figure(axis, shown, front, chosen, known)
     return figures
 
@@ -127,8 +132,10 @@ def _front_figure(
         ),
     ]
     data.append(_named_marks(axis, starts, "plain models (starts)", {"color": "--text", "size": 17, "symbol": "diamond-open"}, on_front))
-    known = [r for r in references if r not in starts]
-    data.append(_named_marks(axis, known, "references", {"color": "--text", "size": 10, "symbol": "diamond-open"}))
+    others_known = [r for r in references if r not in starts]
+    scored = [r for r in others_known if r.evaluation.val_bpb is not None]
+    data.append(_named_marks(axis, scored, "references", {"color": "--text", "size": 10, "symbol": "diamond-open"}))
+    unscored = [r for r in others_known if r.evaluation.val_bpb is None]
     return {
         "data": [trace for trace in data if trace["x"]],
         "layout": {
@@ -138,7 +145,22 @@ def _front_figure(
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
             "margin": {"l": 58, "r": 16, "t": 46, "b": 52},
             "height": 470,
+            **_lines(axis, unscored),
         },
+    }
+
+
+def _lines(axis: Axis, shown: Sequence[Reference]) -> dict[str, Any]:
+    """A dotted line with its name over the whole height for each model: its bits per byte are not known."""
+    places = [(r, value) for r in shown if (value := axis.value(r.evaluation)) is not None]
+    if not places:
+        return {}
+    line = {"color": "--muted", "width": 1, "dash": "dot"}
+    name = {"showarrow": False, "yref": "paper", "y": 1, "yanchor": "top", "textangle": -90, "xanchor": "right", "font": {"size": 11}}
+    return {
+        "shapes": [{"type": "line", "x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1, "line": line} for _, x in places],
+        # Plotly takes the place of an annotation on a logarithmic axis as a logarithm, that of a shape as it is.
+        "annotations": [{**name, "x": math.log10(x), "text": html.escape(r.name)} for r, x in places],
     }
 
 
@@ -195,7 +217,7 @@ def _log_scale(low: float, high: float) -> dict[str, Any]:
 # --- design -------------------------------------------------------------------------------
 
 
-def design_figure(evaluations: Sequence[Evaluation], speed: Speed) -> Figure | None:
+def design_figure(evaluations: Sequence[Evaluation], speed: Speed, devices: Sequence[str] = ()) -> Figure | None:
     """Parallel coordinates of every design choice that varies, coloured by bits per byte; None with too few candidates."""
     ranked = [e for e in evaluations if e.is_ranked(speed) and e.config is not None]
     facts = [trial_facts(e) for e in ranked]
@@ -203,11 +225,13 @@ def design_figure(evaluations: Sequence[Evaluation], speed: Speed) -> Figure | N
         return None
     bpb = [e.val_bpb for e in ranked if e.val_bpb is not None]
     dimensions: list[dict[str, Any]] = [{"label": "bits per byte", "values": bpb}]
-    rates = [math.log10(r) for e in ranked if (r := _rate(e)) is not None]
-    if len(rates) == len(ranked) and max(rates) > min(rates):
-        scale = _log_scale(10 ** min(rates), 10 ** max(rates))
-        places = {"tickvals": [math.log10(t) for t in scale["tickvals"]], "ticktext": scale["ticktext"], "range": scale["range"]}
-        dimensions.append({"label": "characters/s", "values": rates, **places})
+    for device, seen in on_each(ranked, devices or [""]).items():
+        rates = [math.log10(r) for e in seen if (r := _rate(e)) is not None]
+        if len(rates) == len(ranked) and max(rates) > min(rates):
+            scale = _log_scale(10 ** min(rates), 10 ** max(rates))
+            places = {"tickvals": [math.log10(t) for t in scale["tickvals"]], "ticktext": scale["ticktext"], "range": scale["range"]}
+            label = f"characters/s on {_bare(_short(device))}" if len(devices) > 1 else "characters/s"
+            dimensions.append({"label": label, "values": rates, **places})
     dimensions += [d for name in facts[0] if (d := _dimension(name, [f[name] for f in facts])) is not None]
     return {
         "data": [
@@ -246,11 +270,13 @@ def _bare(value: str | int | float) -> str:
     return str(value).replace("<", "‹").replace(">", "›")
 
 
-def importance_figure(shares: tuple[Mapping[str, float], Mapping[str, float]], most: int = 12) -> Figure:
-    """Bars of each parameter's share of importance, for bits per byte and for time."""
-    bpb, seconds = shares
-    names = sorted(bpb, key=lambda n: -max(bpb[n], seconds[n]))[:most][::-1]
-    bars = (("time", seconds, "--muted"), ("bits per byte", bpb, "--front"))
+def importance_figure(shares: Sequence[Mapping[str, float]], devices: Sequence[str] = (), most: int = 12) -> Figure:
+    """Bars of each parameter's share of importance, for bits per byte and for time (on each of several devices)."""
+    bpb, *times = shares
+    words = ["time"] if len(times) == 1 else [f"time on {_bare(device)}" for device in devices]
+    names = sorted(bpb, key=lambda n: -max(share[n] for share in shares))[:most][::-1]
+    bars = [*((word, share, "--muted") for word, share in zip(words, times, strict=True)), ("bits per byte", bpb, "--front")]
+    opacities = [1.0 - 0.5 * i / max(1, len(times) - 1) for i in range(len(times))] + [1.0]
     return {
         "data": [
             {
@@ -259,10 +285,10 @@ def importance_figure(shares: tuple[Mapping[str, float], Mapping[str, float]], m
                 "name": name,
                 "y": [_bare(n) for n in names],
                 "x": [share[n] for n in names],
-                "marker": {"color": color},
+                "marker": {"color": color, "opacity": opacity},
                 "hovertemplate": f"%{{y}}: %{{x:.0%}} of what decides {name}<extra></extra>",
             }
-            for name, share, color in bars
+            for (name, share, color), opacity in zip(bars, opacities, strict=True)
         ],
         "layout": {
             "barmode": "group",
@@ -271,6 +297,6 @@ def importance_figure(shares: tuple[Mapping[str, float], Mapping[str, float]], m
             "yaxis": {"automargin": True, "type": "category"},
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "reversed"},
             "margin": {"l": 16, "r": 16, "t": 40, "b": 50},
-            "height": 110 + 40 * len(names),
+            "height": 110 + 20 * len(bars) * len(names),
         },
     }

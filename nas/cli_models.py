@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from nas.cli_types import PRECISION, PRECISION_HELP
 
 if TYPE_CHECKING:
     from cost_models.profile import Profile
-    from search_spaces.config import SLMConfig
+    from nas.models import NamedModel
     from search_spaces.model import SLM
     from search_spaces.precision import Precision
     from search_spaces.workload import Workload
@@ -23,42 +22,34 @@ _PROFILE_SHARE = 0.5
 """Of the time that timing takes, spent on a profile that was asked for: many runs, for steady medians."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Named:
-    """A model as named on the command line."""
-
-    name: str
-    config: "SLMConfig"
-    folder: Path | None = None
-    """Its exported folder, with weights and tokenizer."""
+_reference = click.option("--reference", metavar="PATH", help="A config.json or a folder with one, in place of MODEL.")
 
 
-def _model(text: str) -> _Named:
-    """The config that a path or a name means.
+def _model(model: str | None, given: str | None) -> "NamedModel":
+    """The model of the argument or of --reference; what its file has that is not used goes to stderr, a line each.
 
     Raises:
-        InvalidConfig: if it is neither, or the file is not a config.
+        InvalidConfig: if it means none, or the file describes what cannot be represented.
     """
-    from nas.export import is_export
-    from search_spaces.config import InvalidConfig, SLMConfig
-    from search_spaces.references import reference, reference_names
+    from nas.models import named_model
 
-    path = Path(text)
-    if text in reference_names():
-        return _Named(name=text, config=reference(text))
-    if path.exists():
-        exported = path.is_dir() and is_export(path)
-        return _Named(name=path.resolve().name, config=SLMConfig.load(path), folder=path if exported else None)
-    if path.suffix == ".json" or len(path.parts) > 1:
-        raise InvalidConfig(f"{text!r} does not exist; give a config.json, a folder with one, or a name such as smollm-135m")
-    return _Named(name=text, config=reference(text))
+    text = model if given is None else given
+    if text is None:
+        raise click.UsageError("Missing argument 'MODEL'.", click.get_current_context())
+    if model is not None and given is not None:
+        raise click.UsageError(f"MODEL {model!r} and --reference {given!r} are both given; give one of them.", click.get_current_context())
+    named = named_model(text)
+    for note in named.notes:
+        click.echo(f"{named.name}: {note}", err=True)
+    return named
 
 
 # --- measure ----------------------------------------------------------------------------------
 
 
 @click.command("measure")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="MODEL", required=False)
+@_reference
 @click.option("--target", default="local", show_default=True, help="Where to measure: a name from `edgewise targets list`.")
 @click.option("--prompt-bytes", type=click.IntRange(min=1), default=512, show_default=True, help="Text to read.")
 @click.option("--generate-bytes", type=click.IntRange(min=1), default=256, show_default=True, help="Text to generate.")
@@ -66,13 +57,20 @@ def _model(text: str) -> _Named:
 @click.option("--profile", is_flag=True, help="Show which operators the time goes to, beside what the device can do.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, raw times included.")
 def measure_command(
-    model: str, target: str, prompt_bytes: int, generate_bytes: int, weights: "Precision", profile: bool, as_json: bool
+    model: str | None,
+    reference: str | None,
+    target: str,
+    prompt_bytes: int,
+    generate_bytes: int,
+    weights: "Precision",
+    profile: bool,
+    as_json: bool,
 ) -> None:
     """Compile a model for a device, check it against PyTorch, and time a request.
 
-    MODEL is a config.json, a folder with one (such as an export), or a published model's name. Without a tokenizer, the
-    bytes a token stands for are assumed from the size of the vocabulary. The check against PyTorch is on the weights as
-    rounded to --weights.
+    MODEL is a config.json, ours or of Hugging Face, a folder with one (such as an export), or a published model's name.
+    Without a tokenizer, the bytes a token stands for are assumed from the size of the vocabulary. The check against
+    PyTorch is on the weights as rounded to --weights.
 
     \b
     Examples:
@@ -81,7 +79,7 @@ def measure_command(
       edgewise measure my-model --profile
       edgewise measure smollm-135m --generate-bytes 64 --json
     """
-    named = _model(model)
+    named = _model(model, reference)
     from search_spaces.workload import Workload
     from targets.target import load_target
 
@@ -137,7 +135,7 @@ def _show_profiles(parts: "dict[str, Profile]", values: dict[str, Any]) -> None:
 
 
 def _measured(
-    named: _Named, device: Any, workload: "Workload", precision: "Precision" = "fp32", *, with_profile: bool = False
+    named: "NamedModel", device: Any, workload: "Workload", precision: "Precision" = "fp32", *, with_profile: bool = False
 ) -> dict[str, Any]:
     """Measures a model; refuses what cannot fit before anything is compiled.
 
@@ -158,16 +156,21 @@ def _measured(
     config = named.config
     model: SLM | None = None
     bytes_per_token, assumed = assumed_bytes_per_token(config.vocab_size), True
-    if named.folder is not None:
-        from nas.export import load_exported
-
-        model, tokenizer = load_exported(named.folder)
-        bytes_per_token, assumed = tokenizer.bytes_per_token, False
+    loaded = named.load()
+    if loaded is not None:
+        model, tokenizer = loaded
+        if tokenizer is not None:
+            bytes_per_token, assumed = tokenizer.bytes_per_token, False
     tokens = workload.tokens(bytes_per_token)
     if tokens.total > config.context:
         raise UserError(
             f"the request needs {tokens.total} tokens and {named.name} has context={config.context}; "
             "give fewer --prompt-bytes or --generate-bytes"
+        )
+    if tokens.total > named.exact_tokens:
+        raise UserError(
+            f"the request needs {tokens.total} tokens, and attention of {named.name} looks back over a window of {named.exact_tokens}, "
+            "which is not built; give fewer --prompt-bytes or --generate-bytes"
         )
     # As in a search, what is sure: the workspace depends on how the device computes.
     needed, memory = weight_bytes(config, precision) + kv_bytes(config, tokens.total), device.spec.memory_bytes
@@ -217,15 +220,17 @@ def _measured(
 
 
 @click.command("count")
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="MODEL", required=False)
+@_reference
 @click.option("--weights", type=PRECISION, default="fp32", show_default=True, help=PRECISION_HELP)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def count_command(model: str, weights: "Precision", as_json: bool) -> None:
+def count_command(model: str | None, reference: str | None, weights: "Precision", as_json: bool) -> None:
     """Count a model's parameters, FLOPs and bytes, by component, from the architecture alone.
 
-    MODEL is a config.json, a folder with one (such as an export), or a published model's name. FLOPs and bytes read are
-    those of decoding one token with a full context (`context` in the JSON: the tokens before it). The peak (`peak_bytes`)
-    is that of decoding with a full context: weights, the whole cache and the workspace of one token, without a prompt's.
+    MODEL is a config.json, ours or of Hugging Face, a folder with one (such as an export), or a published model's name.
+    FLOPs and bytes read are those of decoding one token with a full context (`context` in the JSON: the tokens before
+    it). The peak (`peak_bytes`) is that of decoding with a full context: weights, the whole cache and the workspace of
+    one token, without a prompt's.
     Bytes of weights are those of --weights, scales included; norms, biases, the cache and activations are float32 always.
 
     \b
@@ -233,8 +238,9 @@ def count_command(model: str, weights: "Precision", as_json: bool) -> None:
       edgewise count smollm-135m
       edgewise count smollm-135m --weights int4
       edgewise count my-model/config.json --json
+      edgewise count --reference Qwen2.5-0.5B
     """
-    named = _model(model)
+    named = _model(model, reference)
     from search_spaces.counting import count
 
     c = count(named.config, precision=weights)

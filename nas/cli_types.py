@@ -101,3 +101,21 @@ class Precisions(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         if len(set(found)) < len(found):
             self.fail(f"{value!r} names a precision twice; name each once", param, ctx)
         return tuple(found)
+
+
+class ExportFormat(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A format of `edgewise export`; the table of them is read when it is needed."""
+
+    name = "format"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """How `--help` shows the value."""
+        from nas.export import FORMATS
+
+        return f"[{'|'.join(FORMATS)}]"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name, if it is one."""
+        from nas.export import FORMATS
+
+        return str(click.Choice(list(FORMATS)).convert(value, param, ctx))

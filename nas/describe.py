@@ -55,7 +55,8 @@ def _less_usual(config: SLMConfig) -> dict[str, str]:
     biased = " and ".join(part for part, has in _biases(c).items() if has)
     found = {
         "biases": f"bias on {biased}" if biased else "",
-        "norm bias": "norms without bias" if c.norm == "layernorm" and not c.norm_bias else "",
+        "norm weight": "" if c.norm_weight else "norms without weights",
+        "norm bias": "norms without bias" if c.norm == "layernorm" and c.norm_weight and not c.norm_bias else "",
         "norm epsilon": f"epsilon {c.norm_eps:g}" if c.norm_eps != plain.norm_eps else "",
         "embedding scale": f"embeddings × {_embedding_scale(c)}" if c.embedding_scale != plain.embedding_scale else "",
         "context": f"context {c.context}" if c.context != plain.context else "",
@@ -113,6 +114,7 @@ def design_facts(config: SLMConfig) -> dict[str, str | int | float]:
         "query rank": config.q_rank,
         "value width": config.v_head_dim or config.head_dim,
         **{f"{part} bias": "yes" if has else "no" for part, has in _biases(config).items()},
+        "norm weight": "yes" if config.norm_weight else "no",
         "norm bias": "yes" if config.norm_bias else "no",
         "norm epsilon": config.norm_eps,
         "embedding scale": _embedding_scale(config),

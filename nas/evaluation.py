@@ -32,6 +32,48 @@ _RECORDS = ("estimate", "measurement", "score")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceResult:
+    """What a trial comes to on one device; the fields are those of `Evaluation` with the same names.
+
+    Raises:
+        InvalidRun: if a field has a value of another kind than its own.
+    """
+
+    estimate: Mapping[str, Any] | None = None
+    measurement: Mapping[str, Any] | None = None
+    peak_bytes: int | None = None
+    prefill_s: float | None = None
+    decode_s_per_token: float | None = None
+    request_s: float | None = None
+    bytes_per_s: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, every field."""
+        return {name: _plain(name, getattr(self, name)) for name in DEVICE_FIELDS}
+
+    @classmethod
+    def from_dict(cls, values: object) -> "DeviceResult":
+        """The inverse of `to_dict`.
+
+        Raises:
+            InvalidRun: if it is no mapping, or on an unknown key.
+        """
+        if not isinstance(values, Mapping):
+            raise InvalidRun(f"{values!r} is not what a device came to; give a mapping from names to figures")
+        unknown = [key for key in values if key not in DEVICE_FIELDS]
+        if unknown:
+            raise InvalidRun(f"{unknown[0]!r} is not a field of what a device came to; it was written by another version or edited by hand")
+        return cls(**values)
+
+
+DEVICE_FIELDS = tuple(f.name for f in dataclasses.fields(DeviceResult))
+"""What differs from device to device in a trial."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """One trial's complete record.
 
@@ -76,6 +118,8 @@ class Evaluation:
     """Seconds for the workload's whole request: prompt read and text generated."""
     bytes_per_s: float | None = None
     """Bytes of text generated in a second."""
+    others: Mapping[str, DeviceResult] = field(default_factory=dict)
+    """The same figures on the further devices of a search over several, by name in the order given; those above are of the first."""
 
     score: Mapping[str, Any] | None = None
     val_bpb: float | None = None
@@ -90,25 +134,12 @@ class Evaluation:
             raise InvalidRun(f"state={self.state!r} is not one of {', '.join(get_args(State))}; choose one")
         if self.weights not in PRECISIONS:
             raise InvalidRun(f"weights={self.weights!r} is not one of {', '.join(PRECISIONS)}; choose one")
-        for name in _INTS:
-            value = getattr(self, name)
-            if value is None and name != "trial":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise InvalidRun(f"{name}={value!r} is not an integer; give one")
-        for name in _FLOATS:
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        _check(self)
         if self.reason is not None and not isinstance(self.reason, str):
             raise InvalidRun(f"reason={self.reason!r} is not text; give a sentence")
         if self.config is not None and not isinstance(self.config, SLMConfig):
             raise InvalidRun(f"config is a {type(self.config).__name__}, not an architecture; give an SLMConfig")
-        for name in (*_RECORDS, "params_drawn", "stage_s"):
-            value = getattr(self, name)
-            if value is None and name in _RECORDS:
-                continue
-            if not isinstance(value, Mapping):
-                raise InvalidRun(f"{name}={value!r} is not a mapping; give one from names to JSON values")
-            object.__setattr__(self, name, _plain(name, value))
+        object.__setattr__(self, "others", dict(self.others))
         for stage, seconds in self.stage_s.items():
             if not isinstance(seconds, int | float) or isinstance(seconds, bool):
                 raise InvalidRun(f"stage_s[{stage!r}]={seconds!r} is not a number of seconds; give one")
@@ -129,12 +160,42 @@ class Evaluation:
         return self.decode_s_per_token / self.bytes_per_token
 
     def seconds(self, speed: Speed) -> float | None:
-        """The time traded against bits per byte, in seconds, or None if it is not known.
+        """The time traded against bits per byte, in seconds, or None if it is not known; on the first device, if there are several.
 
         decode: seconds per byte of text; prefill: seconds to read the prompt; request: seconds for a request.
         """
-        value = {"prefill": self.prefill_s, "decode": self.s_per_byte, "request": self.request_s}[speed]
+        return self._seconds(self, speed)
+
+    def _seconds(self, of: "Evaluation | DeviceResult", speed: Speed) -> float | None:
+        value = {"prefill": of.prefill_s, "decode": of.decode_s_per_token, "request": of.request_s}[speed]
+        if value is not None and speed == "decode":
+            value = value / self.bytes_per_token if self.bytes_per_token else None
         return value if value is not None and value > 0 else None
+
+    def _everywhere(self) -> "list[Evaluation | DeviceResult]":
+        """What holds the figures of each device, the first before the others."""
+        return [self, *self.others.values()]
+
+    def on(self, device: str | None) -> "Evaluation":
+        """The trial as one device alone saw it: one of `others`, or the first for None.
+
+        On a device that it did not come to, nothing is known of it there.
+        """
+        if device is None:
+            return self if not self.others else self.evolve(others={})
+        there = self.others.get(device, DeviceResult())
+        return self.evolve(others={}, **{name: getattr(there, name) for name in DEVICE_FIELDS})
+
+    def put(self, device: str | None, **figures: Any) -> "Evaluation":
+        """A copy with these figures of one of `others` changed, or those of the first device for None."""
+        if device is None:
+            return self.evolve(**figures)
+        return self.evolve(others={**self.others, device: dataclasses.replace(self.others.get(device, DeviceResult()), **figures)})
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether every device has measured it."""
+        return all(of.measurement is not None for of in self._everywhere())
 
     def estimated_seconds(self, speed: Speed, *, baseline: bool = False) -> float | None:
         """The predicted time that `seconds` measures, by the cost model or by its simplest baseline; None if there is none."""
@@ -146,20 +207,22 @@ class Evaluation:
         return value / self.bytes_per_token if self.bytes_per_token else None
 
     def is_ranked(self, speed: Speed) -> bool:
-        """Whether the trial completed with both objectives known."""
-        return self.state == "complete" and self.val_bpb is not None and self.seconds(speed) is not None
+        """Whether the trial completed with all objectives known."""
+        known = self.val_bpb is not None and all(self._seconds(of, speed) is not None for of in self._everywhere())
+        return self.state == "complete" and known
 
-    def objectives(self, speed: Speed) -> tuple[float, float]:
-        """(val_bpb, seconds), both to be minimised; see `seconds` for what is timed.
+    def objectives(self, speed: Speed) -> tuple[float, ...]:
+        """(val_bpb, seconds on the first device, on the next, ...), all to be minimised; see `seconds` for what is timed.
 
         Raises:
-            ValueError: if one of the two is not known.
+            ValueError: if one of them is not known.
         """
-        seconds = self.seconds(speed)
-        if self.val_bpb is None or seconds is None:
+        seconds = [self._seconds(of, speed) for of in self._everywhere()]
+        known = [value for value in seconds if value is not None]
+        if self.val_bpb is None or len(known) < len(seconds):
             missing = "val_bpb" if self.val_bpb is None else f"the {speed} time"
             raise ValueError(f"trial {self.trial} ({self.state}) has no {missing}; ask `is_ranked({speed!r})` first")
-        return self.val_bpb, seconds
+        return self.val_bpb, *known
 
     def evolve(self, **changes: Any) -> "Evaluation":
         """A copy with these fields changed.
@@ -178,6 +241,7 @@ class Evaluation:
         values["config"] = None if self.config is None else self.config.to_dict()
         for name in (*_RECORDS, "params_drawn", "stage_s"):
             values[name] = _plain(name, values[name])
+        values["others"] = {device: there.to_dict() for device, there in self.others.items()}
         return values
 
     @classmethod
@@ -194,6 +258,10 @@ class Evaluation:
         if "trial" not in values:
             raise InvalidRun("trial is missing; a trial's record needs its number")
         values = dict(values)
+        others = values.get("others", {})
+        if not isinstance(others, Mapping):
+            raise InvalidRun(f"others={others!r} is not a mapping; give one from device names to figures")
+        values["others"] = {device: DeviceResult.from_dict(there) for device, there in others.items()}
         if values.get("config") is not None:
             if not isinstance(values["config"], Mapping):
                 raise InvalidRun(f"config={values['config']!r} is not a JSON object; give an architecture config")
@@ -239,6 +307,24 @@ def write_whole(path: Path, content: str | bytes) -> Path:
     with whole(path) as part, part.open("xb") as file:
         file.write(data)
     return path
+
+
+def _check(record: Evaluation | DeviceResult) -> None:
+    """Refuses fields of the wrong kind, makes numbers floats and records plain JSON values of their own."""
+    names = {f.name for f in dataclasses.fields(record)}
+    for name in (n for n in _INTS if n in names):
+        value = getattr(record, name)
+        if (value is not None or name == "trial") and (not isinstance(value, int) or isinstance(value, bool)):
+            raise InvalidRun(f"{name}={value!r} is not an integer; give one")
+    for name in (n for n in _FLOATS if n in names):
+        object.__setattr__(record, name, _number(name, getattr(record, name)))
+    for name in (n for n in (*_RECORDS, "params_drawn", "stage_s") if n in names):
+        value = getattr(record, name)
+        if value is None and name in _RECORDS:
+            continue
+        if not isinstance(value, Mapping):
+            raise InvalidRun(f"{name}={value!r} is not a mapping; give one from names to JSON values")
+        object.__setattr__(record, name, _plain(name, value))
 
 
 def _number(name: str, value: object) -> float | None:

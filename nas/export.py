@@ -9,8 +9,8 @@ logits = model(torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("My fello
 ```
 """
 
+import dataclasses
 import importlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nas.describe import describe_config, format_bpb, format_bytes, format_count, format_ms, format_s
 from nas.errors import InvalidRun, UserError
-from nas.evaluation import Evaluation, write_whole
+from nas.evaluation import Evaluation
 from nas.front import front_of, speed_of
 from nas.run import Run
-from search_spaces.config import MODEL_TYPE, SLMConfig
+from search_spaces.config import SLMConfig
 from search_spaces.precision import MEANINGS
 
 if TYPE_CHECKING:
@@ -37,10 +37,15 @@ logits = model(torch.tensor([[tokenizer.end_of_text, *tokenizer.encode("My fello
 """
 
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
+MARK = "<!-- written by edgewise export; another export may replace this folder's files -->"
+"""The last line of a model card: a folder with it is an earlier export."""
 
 
 FORMATS: Mapping[str, str] = {
-    "hf": "nas.export:write_folder",
+    "hf": "nas.huggingface.export:write_folder",
+    "gguf": "nas.gguf_export:write_gguf_folder",
+    "tvm": "nas.tvm_bundle:write_bundle",
+    "recipe": "nas.recipe:write_recipe",
 }
 """What a model can leave as: the name, and the `Exporter` that writes it, imported when it is asked for."""
 
@@ -54,6 +59,7 @@ class Chosen:
         model: with the float32 weights as trained, in evaluation mode.
         tokenizer, tokenizer_path: of the model, and its file.
         facts: what the header of the weights says, the score among it.
+        target: the device to compile for, by name, where a format compiles; None: the run's own.
     """
 
     run: Run
@@ -63,6 +69,7 @@ class Chosen:
     tokenizer: "Tokenizer"
     tokenizer_path: Path
     facts: Mapping[str, Any]
+    target: str | None = None
 
 
 class Exporter(Protocol):
@@ -77,8 +84,8 @@ class Exporter(Protocol):
         ...
 
 
-def export_trial(run: Run, trial: int, to: Path, format_name: str = "hf") -> Path:
-    """Writes a trial's model into a folder.
+def export_trial(run: Run, trial: int, to: Path, format_name: str = "hf", target: str | None = None) -> Path:
+    """Writes a trial's model into a folder; `target` is the device to compile for, if not the run's own.
 
     Returns:
         The folder.
@@ -89,7 +96,7 @@ def export_trial(run: Run, trial: int, to: Path, format_name: str = "hf") -> Pat
     """
     if format_name not in FORMATS:
         raise UserError(f"--format {format_name!r} is not known; choose one of {', '.join(FORMATS)}")
-    chosen = choose_trial(run, trial)
+    chosen = dataclasses.replace(choose_trial(run, trial), target=target)
     _check_folder(to)
     module, _, function = FORMATS[format_name].partition(":")
     write: Exporter = getattr(importlib.import_module(module), function)
@@ -133,21 +140,6 @@ def choose_trial(run: Run, trial: int) -> Chosen:
     )
 
 
-def write_folder(chosen: Chosen, folder: Path) -> None:
-    """config.json, model.safetensors, tokenizer.json and a model card.
-
-    The weights leave in float32, as trained; the card says in which precision they were measured and scored.
-    """
-    from nas.weights import save_weights
-
-    # What tokenizer.json has no room for goes into the weights' header.
-    facts = {**chosen.facts, "tokenizer": chosen.tokenizer.meta}
-    write_whole(folder / CONFIG, chosen.config.to_json())
-    save_weights(folder / WEIGHTS, chosen.model, facts)
-    write_whole(folder / TOKENIZER, chosen.tokenizer_path.read_bytes())
-    write_whole(folder / CARD, model_card(chosen.run, chosen.evaluation, chosen.tokenizer.vocab_size))
-
-
 def load_exported(folder: str | Path) -> "tuple[SLM, Tokenizer]":
     """The model, in evaluation mode, and the tokenizer of an exported folder.
 
@@ -155,21 +147,14 @@ def load_exported(folder: str | Path) -> "tuple[SLM, Tokenizer]":
         InvalidConfig: if config.json cannot be read or breaks a rule.
         InvalidRun: if the weights or the tokenizer are missing, damaged, or of another model.
     """
-    from nas.tokenizer import Tokenizer
-    from nas.weights import load_weights, read_facts
+    from nas.models import model_at
 
     folder = Path(folder)
-    config = SLMConfig.load(folder)
-    meta = (read_facts(folder / WEIGHTS) or {}).get("tokenizer")
-    if not isinstance(meta, dict):
-        load_weights(folder / WEIGHTS, config)  # says what is wrong with it, if anything else is
-        raise InvalidRun(f"{folder / WEIGHTS} does not say what tokenizer it goes with; export the model again")
-    tokenizer = Tokenizer.from_file(folder / TOKENIZER, meta, "export the model again")
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InvalidRun(
-            f"{folder / TOKENIZER} has {tokenizer.vocab_size} ids and vocab_size={config.vocab_size}; they are not of the same model"
-        )
-    return load_weights(folder / WEIGHTS, config), tokenizer
+    loaded = model_at(folder).load()
+    if loaded is None or loaded[1] is None:
+        missing = next((name for name in (WEIGHTS, TOKENIZER) if not (folder / name).exists()), "a tokenizer")
+        raise InvalidRun(f"{folder} lacks {missing} (there is no such file); export the model again")
+    return loaded[0], loaded[1]
 
 
 def is_export(folder: Path) -> bool:
@@ -177,23 +162,31 @@ def is_export(folder: Path) -> bool:
     return all((folder / name).is_file() for name in (CONFIG, WEIGHTS, TOKENIZER))
 
 
-def model_card(run: Run, evaluation: Evaluation, vocab_size: int) -> str:
-    """What the model is, how it was found, what was measured where, and what it was trained on, as Markdown."""
+def model_card(run: Run, evaluation: Evaluation, vocab_size: int, *, form: str = "", loading: str = f"```python\n{LOADING}```") -> str:
+    """What the model is, how it was found, what was measured where, and what it was trained on, as Markdown.
+
+    Args:
+        run, evaluation: where it is from.
+        vocab_size: of its tokenizer.
+        form: a sentence on what the files of this export are.
+        loading: how to use them.
+    """
     manifest = run.manifest
     device, corpus, settings = manifest["device"], manifest["corpus"], manifest["settings"]
     score: Any = evaluation.score or {}
     config = evaluation.config
     assert config is not None
-    where = f"On {_plain(device['name'])}{_cpu(device)}" if manifest["target"] != "null" else "Counted, not measured (target null)"
+    where = f"On {plain(device['name'])}{_cpu(device)}" if manifest["target"] != "null" else "Counted, not measured (target null)"
     return "\n".join(
         [
-            f"# {_plain(run.name)}, trial {evaluation.trial}",
+            f"# {plain(run.name)}, trial {evaluation.trial}",
             "",
             f"A decoder-only language model: {describe_config(config)}. {format_count(evaluation.params)} parameters, "
             f"context {config.context} tokens, byte-level BPE of {vocab_size} tokens ({evaluation.bytes_per_token:.2f} bytes each).",
             "",
             "A short training from scratch made it, to compare architectures: it is a starting point, not a finished model.",
             "",
+            *([form, ""] if form else []),
             "## Measured",
             "",
             f"{where}, search begun {manifest['created']}; {_weights(evaluation)}, one request at a time, "
@@ -211,21 +204,22 @@ def model_card(run: Run, evaluation: Evaluation, vocab_size: int) -> str:
             "",
             "## How it was found",
             "",
-            f"Search space {_plain(manifest['space']['name'])}, sampler {settings['sampler']}, seed {manifest['seed']}; on the front of "
+            f"Search space {plain(manifest['space']['name'])}, sampler {settings['sampler']}, seed {manifest['seed']}; on the front of "
             f"bits per byte against {settings['speed']} time. "
             + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
             + ".",
             "",
             "## Training text",
             "",
-            f"{_plain(corpus['name'])} (licence: {_plain(corpus['licence'])}), {score.get('train_bytes', settings['train_bytes'])} bytes "
+            f"{plain(corpus['name'])} (licence: {plain(corpus['licence'])}), {score.get('train_bytes', settings['train_bytes'])} bytes "
             f"read in {score.get('steps', '?')} steps; scored on documents held out from training and tokenizer. "
             f"sha256 of the text: {corpus['sha256']}.",
             "",
             "## Loading",
             "",
-            "```python",
-            LOADING + "```",
+            loading,
+            "",
+            MARK,
             "",
         ]
     )
@@ -249,10 +243,10 @@ def _unrounded(evaluation: Evaluation, score: dict[str, Any]) -> list[str]:
 
 
 def _cpu(device: dict[str, Any]) -> str:
-    return f" ({device['cores']} cores of {_plain(device['cpu'])})" if device.get("cpu") and device.get("cores") else ""
+    return f" ({device['cores']} cores of {plain(device['cpu'])})" if device.get("cpu") and device.get("cores") else ""
 
 
-def _plain(text: object) -> str:
+def plain(text: object) -> str:
     """Text from users as it is, without what Markdown or HTML would act on."""
     kept = " ".join(str(text).split())
     for mark in "\\`*_[]<>|#":
@@ -272,8 +266,8 @@ def _check_folder(to: Path) -> None:
     if not to.exists() or not any(to.iterdir()):
         return
     try:
-        ours = json.loads((to / CONFIG).read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
-    except (OSError, ValueError, AttributeError):
+        ours = (to / CARD).read_text(encoding="utf-8").rstrip().endswith(MARK)
+    except (OSError, ValueError):
         ours = False
     if not ours:
         raise InvalidRun(f"--to {str(to)!r} holds other files and no exported model; give a new or empty folder")

@@ -13,7 +13,7 @@ from typing import Any
 
 from nas.describe import attention_words, format_bpb, format_count, format_rate, format_s, significant, trial_facts
 from nas.evaluation import WEIGHTS, Evaluation, Speed, State
-from nas.front import choose, front_of
+from nas.front import choose, front_of, on_each
 from search_spaces.precision import PRECISIONS
 from targets.measurement import NOISY_IQR, SLOW, interquartile_range
 
@@ -21,14 +21,19 @@ _ENOUGH = 8
 """Candidates below which no statement about all of them is made."""
 
 
-def findings(evaluations: Sequence[Evaluation], speed: Speed = "decode") -> list[str]:
-    """Sentences about these evaluations, most useful first; at least one, whatever they are."""
+def findings(evaluations: Sequence[Evaluation], speed: Speed = "decode", devices: Sequence[str] = ()) -> list[str]:
+    """Sentences about these evaluations, most useful first; at least one, whatever they are.
+
+    Of a run over several `devices`, named in the order of its manifest, they say which model wins where.
+    """
     sentences = [_counts(evaluations)]
     candidates = distinct([e for e in evaluations if e.is_ranked(speed)])
     front = front_of(candidates, speed)
     if not front:
         sentences.append("There is no front: no trial has both bits per byte and a time.")
         return sentences
+    if len(devices) > 1:
+        return sentences + _over_devices(candidates, speed, devices)
     sentences += _leaders(front, speed)
     sentences += _trade(front, speed)
     sentences += _rounding(candidates)
@@ -96,6 +101,58 @@ def is_doubtful(evaluation: Evaluation) -> bool:
     """Whether the trial's times are noisy, or were taken while the device ran slow or other work would not stop."""
     record = evaluation.measurement
     return is_noisy(record) or is_slow(record) or (record or {}).get("quiet") is False
+
+
+# --- several devices ----------------------------------------------------------------------
+
+
+def _over_devices(candidates: Sequence[Evaluation], speed: Speed, devices: Sequence[str]) -> list[str]:
+    seen = on_each(candidates, devices)
+    fronts = {device: front_of(there, speed) for device, there in seen.items()}
+    sentences = [*_winners(fronts, speed), *_like_orders(seen, speed), *_rounding(candidates)]
+    for device, there in seen.items():
+        own = [*_leaders(fronts[device], speed), *_trade(fronts[device], speed)]
+        own += [*_by_size(fronts[device], there, speed), *_by_estimate(there, speed), *_noise(fronts[device], there), *_noisy_times(there)]
+        sentences += [f"On {device}: {sentence}" for sentence in own]
+    return list(dict.fromkeys(sentences))
+
+
+def _winners(fronts: Mapping[str, Sequence[Evaluation]], speed: Speed) -> list[str]:
+    """Which model is the default choice where, and which are on which front."""
+    chosen = {device: best.trial for device, front in fronts.items() if (best := choose(front, speed)) is not None}
+    if len(set(chosen.values())) == 1:
+        sentences = [f"Trial {next(iter(chosen.values()))} is the default choice on every device."]
+    else:
+        sentences = [f"The default choice is {_listed([f'trial {trial} on {device}' for device, trial in chosen.items()])}."]
+    on = {device: {e.trial for e in front} for device, front in fronts.items()}
+    everywhere, anywhere = set.intersection(*on.values()), set.union(*on.values())
+    if everywhere == anywhere:
+        return [*sentences, f"The front has the same {_plural(len(anywhere), 'model')} on every device."]
+    alone = {device: sorted(trials.difference(*(t for d, t in on.items() if d != device))) for device, trials in on.items()}
+    parts = [f"{_trials(trials)} only on {device}" for device, trials in alone.items() if trials]
+    where = f", {_listed(parts)}" if parts else ""
+    return [
+        *sentences,
+        f"Of {_plural(len(anywhere), 'model')} on some front, {len(everywhere)} {_be(len(everywhere))} on every one{where}.",
+    ]
+
+
+def _like_orders(seen: Mapping[str, Sequence[Evaluation]], speed: Speed) -> list[str]:
+    """How far one device's times tell another's order."""
+    sentences = []
+    for (one, first), (other, second) in itertools.combinations(seen.items(), 2):
+        tau = kendall_tau([e.objectives(speed)[1] for e in first], [e.objectives(speed)[1] for e in second])
+        if len(first) >= _ENOUGH and tau is not None:
+            sentences.append(f"The times on {one} and {other} order {len(first)} candidates with Kendall tau {_signed(tau)} (1: alike).")
+    return sentences
+
+
+def _trials(trials: Sequence[int]) -> str:
+    return f"{'trial' if len(trials) == 1 else 'trials'} {_listed([str(trial) for trial in trials])}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 # --- the sentences ------------------------------------------------------------------------

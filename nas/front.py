@@ -1,7 +1,11 @@
-"""Which candidates nothing beats: the Pareto front, its volume, the one to take by default, and all that as JSON."""
+"""Which candidates nothing beats: the Pareto front, its volume, the one to take by default, and all that as JSON.
+
+In a search over several devices there is a front on each, of its trials as that device saw them (`on_each`), and the joint
+front, of bits per byte and the time on every device. A model on one device's front is on the joint front, too.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nas.errors import InvalidRun
@@ -27,6 +31,9 @@ FRONT_FIELDS = (
     "val_bpb_stderr",
 )
 """What front.json and `--json` say of each model; raw records are in trials/."""
+
+_FIGURES = ("peak_bytes", "prefill_s", "decode_s_per_token", "request_s", "bytes_per_s")
+"""What they say of it on each device, where there are several."""
 
 
 def pareto_front(points: Sequence[tuple[float, ...]]) -> list[int]:
@@ -70,25 +77,38 @@ def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, f
 
 
 def front_of(evaluations: Sequence[Evaluation], speed: Speed = "decode") -> list[Evaluation]:
-    """The complete evaluations on the front of (bits per byte, seconds), fastest first."""
+    """The complete evaluations on the front of (bits per byte, seconds on each device), fastest first (see `mean_seconds`)."""
     ranked = [e for e in evaluations if e.is_ranked(speed)]
     indices = pareto_front([e.objectives(speed) for e in ranked])
-    return sorted((ranked[i] for i in indices), key=lambda e: (e.objectives(speed)[1], e.trial))
+    return sorted((ranked[i] for i in indices), key=lambda e: (mean_seconds(e, speed), e.trial))
+
+
+def mean_seconds(evaluation: Evaluation, speed: Speed) -> float:
+    """The geometric mean of the seconds on all devices: a device that is slow in everything does not decide alone."""
+    seconds = evaluation.objectives(speed)[1:]
+    return seconds[0] if len(seconds) == 1 else math.exp(math.fsum(map(math.log, seconds)) / len(seconds))
+
+
+def on_each(evaluations: Sequence[Evaluation], devices: Sequence[str]) -> dict[str, list[Evaluation]]:
+    """The trials as each device alone saw them, by its name; `devices` are those of the run in the order of its manifest."""
+    return {device: [e.on(None if i == 0 else device) for e in evaluations] for i, device in enumerate(devices)}
 
 
 def choose(front: Sequence[Evaluation], speed: Speed = "decode") -> Evaluation | None:
     """The model to take by default: the knee of the front; None if it is empty.
 
-    Log seconds and bits per byte are each scaled to 0..1 between the front's ends; the knee is the point furthest below
-    the line that joins the ends, that is, the largest 1 - x - y (Das 1999, the "bulge" of a front). Of equal ones the
-    faster is taken. If no point lies below the line (always so with two), it is the end with the fewest bits per byte.
+    Log seconds (their mean over the devices) and bits per byte are each scaled to 0..1 between the front's ends; the knee is
+    the point furthest below the line that joins the ends, that is, the largest 1 - x - y (Das 1999, the "bulge" of a
+    front). Of equal ones the faster is taken. If no point lies below the line (always so with two), it is the one with the
+    fewest bits per byte.
     """
     if not front:
         return None
-    ordered = sorted(front, key=lambda e: (e.objectives(speed)[1], e.trial))
-    points = [(math.log(e.objectives(speed)[1]), e.objectives(speed)[0]) for e in ordered]
-    (x0, y0), (x1, y1) = points[0], points[-1]
-    best, best_depth = ordered[-1], 1e-9
+    ordered = sorted(front, key=lambda e: (mean_seconds(e, speed), e.trial))
+    points = [(math.log(mean_seconds(e, speed)), e.objectives(speed)[0]) for e in ordered]
+    x0, x1 = points[0][0], points[-1][0]
+    y1, y0 = min(y for _, y in points), max(y for _, y in points)
+    best, best_depth = ordered[min(range(len(points)), key=lambda i: points[i][1])], 1e-9
     if x1 > x0 and y0 > y1:
         for evaluation, (x, y) in zip(ordered, points, strict=True):
             depth = 1.0 - (x - x0) / (x1 - x0) - (y - y1) / (y0 - y1)
@@ -110,8 +130,36 @@ def speed_of(run: Run) -> Speed:
     return known
 
 
-def front_json(front: Sequence[Evaluation], speed: Speed) -> dict[str, Any]:
-    """A front as plain JSON values: what was traded, the default choice, the models fastest first."""
+def front_json(
+    evaluations: Sequence[Evaluation], speed: Speed, devices: Sequence[str] = (), references: Mapping[str, Evaluation] | None = None
+) -> dict[str, Any]:
+    """The front of these trials as plain JSON values: what was traded, the default choice, the models fastest first.
+
+    With several devices it is the joint front; `devices` has for each its own default choice and the trials on its own
+    front, and every model has its figures on each. Models measured beside the candidates are under `references`.
+    """
+    front = front_of(evaluations, speed)
     chosen = choose(front, speed)
-    models = [{name: values[name] for name in FRONT_FIELDS} for values in (e.to_dict() for e in front)]
-    return {"speed": speed, "chosen": None if chosen is None else chosen.trial, "front": models}
+    values: dict[str, Any] = {"speed": speed, "chosen": None if chosen is None else chosen.trial}
+    values["front"] = [_model_json(e, devices) for e in front]
+    if len(devices) > 1:
+        values["devices"] = {}
+        for device, seen in on_each(evaluations, devices).items():
+            there = front_of(seen, speed)
+            best = choose(there, speed)
+            values["devices"][device] = {"chosen": None if best is None else best.trial, "front": [e.trial for e in there]}
+    if references:
+        values["references"] = [
+            {"name": name, "reason": e.reason, **{key: v for key, v in _model_json(e, devices).items() if key != "trial"}}
+            for name, e in references.items()
+        ]
+    return values
+
+
+def _model_json(evaluation: Evaluation, devices: Sequence[str]) -> dict[str, Any]:
+    values = evaluation.to_dict()
+    shown = {name: values[name] for name in FRONT_FIELDS}
+    if len(devices) > 1:
+        seen = {device: there[0] for device, there in on_each([evaluation], devices).items()}
+        shown["devices"] = {device: {name: getattr(e, name) for name in _FIGURES} for device, e in seen.items()}
+    return shown

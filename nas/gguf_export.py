@@ -22,8 +22,12 @@ from targets.files import whole
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nas.export import Chosen
     from nas.tokenizer import Tokenizer
     from search_spaces.precision import Precision
+
+GGUF = "model.gguf"
+"""The file in the folder of an export."""
 
 _BLOCK = 32
 """Inputs of a channel that share a scale in Q8_0 and Q4_0."""
@@ -33,7 +37,7 @@ _BLOCK_BYTES = {"int8": 2 + _BLOCK, "int4": 2 + _BLOCK // 2}
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
 """GGUF's kinds of tokens."""
 
-_DECODER = {"block": "sequential", "series_activation": 1, "augmented_shortcuts": 0, "head_bias": False}
+_DECODER = {"block": "sequential", "series_activation": 1, "augmented_shortcuts": 0, "head_bias": False, "norm_weight": True}
 _LLAMA = _DECODER | {
     "attention": ("mha", "gqa", "mqa"), "positions": "rotary", "norm": "rmsnorm", "ffn": "gated", "activation": "silu",
     "qkv_bias": False, "attention_bias": False, "ffn_bias": False, "qk_norm": False, "embedding_scale": 1.0,
@@ -77,6 +81,22 @@ def gguf_architecture(config: SLMConfig) -> str:
     if nearest == "gpt2" and config.head_dim * config.layer(0).num_heads != config.d_model:  # type: ignore[operator]
         _refuse(config, "head_dim", f"llama.cpp's 'gpt2' needs d_model / num_heads, {config.d_model / config.layer(0).num_heads:g}")
     return nearest
+
+
+def write_gguf_folder(chosen: "Chosen", folder: Path) -> None:
+    """model.gguf in the trial's precision, and a model card.
+
+    Raises:
+        UserError: as `write_gguf`.
+    """
+    from nas.evaluation import write_whole
+    from nas.export import CARD, model_card
+
+    config, precision = chosen.config, chosen.evaluation.weights
+    write_gguf(folder / GGUF, config, dict(chosen.model.named_parameters()), chosen.tokenizer, precision)
+    form = f"`{GGUF}` is of llama.cpp's architecture `{gguf_architecture(config)}`, with matrices in {_FILE_TYPES[precision][0]}."
+    loading = f'```\nllama-cli -m {GGUF} -no-cnv -p "My fellow citizens"\n```'
+    write_whole(folder / CARD, model_card(chosen.run, chosen.evaluation, chosen.tokenizer.vocab_size, form=form, loading=loading))
 
 
 def write_gguf(
@@ -148,7 +168,7 @@ def _wanted(wanted: Any) -> str:
 
 
 def _refuse(config: SLMConfig, field: str, rule: str) -> None:
-    raise UserError(f"{field}={getattr(config, field)!r} cannot leave as GGUF: {rule}; export the folder instead")
+    raise UserError(f"{field}={getattr(config, field)!r} cannot leave as GGUF: {rule}; use --format hf instead")
 
 
 def _check_widths(config: SLMConfig, precision: str) -> None:

@@ -23,8 +23,10 @@ the choice that decided everything came out first for 0 of 15 seeds at 0.1, for 
 
 def importances(
     evaluations: Sequence[Evaluation], speed: Speed = "decode", study: "optuna.Study | None" = None
-) -> tuple[dict[str, float], dict[str, float]] | None:
-    """Shares of importance of the drawn parameters, for bits per byte and for time, each summing to 1, largest first.
+) -> tuple[dict[str, float], ...] | None:
+    """Shares of importance of the drawn parameters, for each objective (bits per byte, then the time on each device).
+
+    Those of an objective sum to 1, largest first.
 
     PED-ANOVA (Watanabe et al. 2023, arXiv 2304.10255): how much a parameter's distribution among the best trials differs
     from that among all of them. The best are the better half. Repeats of an earlier trial do not count.
@@ -43,8 +45,7 @@ def importances(
     known = {n: d for t in study.get_trials(deepcopy=False) for n, d in t.distributions.items()} if study is not None else {}
     seen = {n: _distribution([e.params_drawn[n] for e in ranked], known.get(n)) for n in varied}
     rows = [{n: e.params_drawn[n] for n in varied} for e in ranked]
-    bpb, seconds = (_of(rows, seen, [e.objectives(speed)[i] for e in ranked]) for i in (0, 1))
-    return bpb, seconds
+    return tuple(_of(rows, seen, values) for values in zip(*(e.objectives(speed) for e in ranked), strict=True))
 
 
 def _of(rows: Sequence[Mapping[str, Any]], distributions: "Mapping[str, BaseDistribution]", values: Sequence[float]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """What the sampler proposes for a trial, and what it is told afterwards.
 
-The proposal of trial k is a pure function of the seed, k and the finished trials before k: the sampler is made anew,
-seeded from (seed, k), and asked in a study in memory that holds just those trials. The study in storage holds finished
+The proposal of trial k is a pure function of the seed, k and the finished trials up to k - ahead, where `ahead` trials are
+under way at once: the sampler is made anew, seeded from (seed, k), and asked in a study in memory that holds just those
+trials, whatever else is finished by then. The study in storage holds finished
 trials only, each added whole. So a killed search proposes again exactly what it was working on, and a study that is
 lost can be made again from the folder's evaluations.
 """
@@ -72,16 +73,22 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
 
 
 def propose(
-    study: optuna.Study, space: SearchSpace, sampler: str, seed: int, trial: int, weights: Sequence[Precision] = ("fp32",)
+    study: optuna.Study,
+    space: SearchSpace,
+    sampler: str,
+    seed: int,
+    trial: int,
+    weights: Sequence[Precision] = ("fp32",),
+    ahead: int = 1,
 ) -> Proposal:
-    """What the sampler proposes for a trial, given the study's trials before it; changes nothing.
+    """What the sampler proposes for a trial, given the study's trials up to `trial - ahead`; changes nothing.
 
     The first trials are the space's starts, if it has any. Of several precisions of `weights` the sampler chooses one, as
     the parameter `WEIGHTS` after those of the space; starts have the first.
     """
     state = np.random.SeedSequence([seed, trial]).generate_state(1)
     memory = optuna.create_study(directions=study.directions, sampler=make_sampler(sampler, int(state[0])))
-    memory.add_trials(study.get_trials(deepcopy=False)[:trial])
+    memory.add_trials(study.get_trials(deepcopy=False)[: max(0, trial - ahead + 1)])
     start = space.start(trial)
     if start is not None:
         memory.enqueue_trial({**start, WEIGHTS: weights[0]} if len(weights) > 1 else dict(start))
@@ -99,20 +106,23 @@ def tell(study: optuna.Study, proposal: Proposal, evaluation: Evaluation, violat
     """Adds a finished trial to the study, in one write.
 
     A candidate that has no objectives is told as complete with its constraint violated (that is how Optuna's samplers
-    learn from it) and stand-ins for values: `UNTRAINED_BPB`, and the measured time, else the estimated one, else the
-    longest told so far. The user attribute `state` says what really came of it.
+    learn from it) and stand-ins for values: `UNTRAINED_BPB`, and on each device the measured time, else the estimated one,
+    else the longest told so far. The user attribute `state` says what really came of it.
     """
-    assert len(study.get_trials(deepcopy=False)) == evaluation.trial, "trials are told in order"
+    told = study.get_trials(deepcopy=False)
+    assert len(told) == evaluation.trial, "trials are told in order"
     bpb = evaluation.val_bpb if evaluation.val_bpb is not None else UNTRAINED_BPB
-    seconds = evaluation.seconds(speed)
-    if seconds is None:
-        seconds = evaluation.estimated_seconds(speed)
-    if seconds is None:
-        seconds = max((t.values[1] for t in study.get_trials(deepcopy=False)), default=1.0)
+    # What ends before it is estimated knows nothing of the further devices.
+    seen = [evaluation.on(None), *map(evaluation.on, evaluation.others)]
+    seen += [Evaluation(trial=evaluation.trial)] * (len(study.directions) - 1 - len(seen))
+    values = [bpb]
+    for place, there in enumerate(seen, start=1):
+        seconds = there.seconds(speed) or there.estimated_seconds(speed)
+        values.append(max((t.values[place] for t in told), default=1.0) if seconds is None else seconds)
     study.add_trial(
         create_trial(
             state=TrialState.COMPLETE,
-            values=[bpb, seconds],
+            values=values,
             params=dict(proposal.params),
             distributions=dict(proposal.distributions),
             system_attrs=dict(proposal.system_attrs),
@@ -123,7 +133,7 @@ def tell(study: optuna.Study, proposal: Proposal, evaluation: Evaluation, violat
 
 
 @contextmanager
-def open_study(storage: str | None, run_path: Path, name: str) -> Iterator[tuple[optuna.Study, str | None]]:
+def open_study(storage: str | None, run_path: Path, name: str, devices: int = 1) -> Iterator[tuple[optuna.Study, str | None]]:
     """The run's study, made if there is none; closed at the end.
 
     Args:
@@ -131,6 +141,7 @@ def open_study(storage: str | None, run_path: Path, name: str) -> Iterator[tuple
             set aside and begun anew (the evaluations in the folder are told to it again).
         run_path: the run folder.
         name: the study's name in the storage.
+        devices: how many the search is for: the objectives are bits per byte and the time on each.
 
     Yields:
         The study, and a sentence about a damaged file, if there was one.
@@ -143,7 +154,7 @@ def open_study(storage: str | None, run_path: Path, name: str) -> Iterator[tuple
     path = run_path / "study.db"
     note = None
     try:
-        opened = _load(storage or _sqlite_url(path), name)
+        opened = _load(storage or _sqlite_url(path), name, devices)
     except Exception as error:
         if storage is None and _disk_full(error):
             raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
@@ -152,7 +163,7 @@ def open_study(storage: str | None, run_path: Path, name: str) -> Iterator[tuple
         aside = path.with_name("study.db.damaged")
         path.replace(aside)
         note = f"{path} was damaged and is now {aside.name}; the study is made again from trials/"
-        opened = _load(_sqlite_url(path), name)
+        opened = _load(_sqlite_url(path), name, devices)
     inner, study = opened
     try:
         yield study, note
@@ -162,7 +173,7 @@ def open_study(storage: str | None, run_path: Path, name: str) -> Iterator[tuple
             inner.engine.dispose()
 
 
-def _load(url: str, name: str) -> tuple[optuna.storages.BaseStorage, optuna.Study]:
+def _load(url: str, name: str, devices: int) -> tuple[optuna.storages.BaseStorage, optuna.Study]:
     with _quiet_alembic():
         inner: optuna.storages.BaseStorage
         if url.startswith(("redis", "journal")):
@@ -170,7 +181,7 @@ def _load(url: str, name: str) -> tuple[optuna.storages.BaseStorage, optuna.Stud
                 f"storage {without_password(url)!r} is not a database URL; give one such as sqlite:///study.db or postgresql://…"
             )
         inner = optuna.storages.RDBStorage(url)
-        study = optuna.create_study(storage=inner, study_name=name, directions=["minimize", "minimize"], load_if_exists=True)
+        study = optuna.create_study(storage=inner, study_name=name, directions=["minimize"] * (1 + devices), load_if_exists=True)
         study.get_trials(deepcopy=False)
     return inner, study
 

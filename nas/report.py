@@ -7,12 +7,13 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
+from nas.across import CHOSEN, ON_FRONT, across
 from nas.breakdown import COLUMNS, breakdown_rows, trial_profiles
 from nas.charts import AXES, OBJECTIVE_AXIS, Figure, Reference, design_figure, front_figures, importance_figure
 from nas.describe import describe_config, describe_trial, format_bpb, format_bytes, format_count, format_ms, format_rate, format_s
 from nas.evaluation import WEIGHTS, Evaluation, Speed, write_whole
 from nas.findings import findings
-from nas.front import choose, front_of
+from nas.front import choose, front_of, on_each
 from nas.importance import FEWEST_TRIALS, importances
 from nas.report_page import PAGE
 from search_spaces.workload import Workload
@@ -47,39 +48,48 @@ def write_report(
         run_title: the page's heading.
         evaluations: every trial, in any state; none at all is fine.
         manifest: the run's settings, all shown. `device`, `created`, `corpus` and `train_bytes` head the page; each is
-            looked for at any depth and may be text, a number or a mapping with a `name`.
+            looked for at any depth and may be text, a number or a mapping with a `name`. With several `targets`, there is
+            a front of each.
         path: the HTML file.
         references: models to mark by name: some of `evaluations` (see `starts_among`), or known ones from elsewhere.
         speed: the time the run searched by.
         study: the Optuna study, for its parameters' distributions.
     """
+    specs = [spec for spec in manifest.get("targets", ()) if isinstance(spec, Mapping)]
+    devices = [_name(spec) for spec in specs] if len(specs) > 1 else []
+    seen = on_each(evaluations, devices or [""])
+    of_device = {device: [r.on(device if i else None) for r in references] for i, device in enumerate(seen)}
     front = front_of(evaluations, speed)
-    figures = front_figures(evaluations, speed, references)
+    figures = [front_figures(there, speed, of_device[device]) for device, there in seen.items()]
+    first = OBJECTIVE_AXIS[speed] if any(OBJECTIVE_AXIS[speed] in drawn for drawn in figures) else next((k for f in figures for k in f), "")
     shares = importances(evaluations, speed, study)
-    design = design_figure(evaluations, speed)
-    first = OBJECTIVE_AXIS[speed] if OBJECTIVE_AXIS[speed] in figures else next(iter(figures), "")
-    drawn: dict[str, Any] = {"front": figures, "first": first, "design": design}
-    drawn["importance"] = None if shares is None else importance_figure(shares)
+    design = design_figure(evaluations, speed, devices)
+    drawn: dict[str, Any] = {"front": figures[0], "others": figures[1:], "first": first, "design": design}
+    drawn["importance"] = None if shares is None else importance_figure(shares, devices)
     page = Template(PAGE).substitute(
         title=html.escape(run_title),
-        headline=_headline(manifest, evaluations, front),
-        findings="".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings(evaluations, speed)),
-        chosen=_chosen(front, speed),
+        headline=_headline(manifest, devices, evaluations, front),
+        findings="".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings(evaluations, speed, devices)),
+        chosen=_chosen(evaluations, speed, devices),
         buttons=_buttons(figures, first),
         front_note=_front_note(figures),
-        table=_front_table(front, speed),
-        breakdowns=_breakdowns(front, speed, manifest),
-        design_note=_note(
+        charts="".join(f'{_device_heading(device)}<div id="front{i or ""}"></div>' for i, device in enumerate(seen)),
+        table=_fronts(evaluations, speed, devices, references),
+        breakdowns="".join(
+            _device_heading(device) + _breakdowns(front_of(there, speed), speed, manifest, specs[i] if specs else manifest)
+            for i, (device, there) in enumerate(seen.items())
+        ),
+        design_note=note(
             "One line per complete candidate, dark where bits per byte are few. Drag along an axis to pick out some."
             if design
             else "Too few candidates have completed to compare their designs."
         ),
-        importance_note="" if shares else _note(_no_importance(evaluations)),
+        importance_note="" if shares else note(_no_importance(evaluations)),
         unfinished=_unfinished(evaluations),
         stages=_stages(evaluations),
-        settings=_settings(manifest),
-        figures=_script_json(drawn),
-        plotly=_plotly() if figures else "",
+        settings=settings_list(manifest),
+        figures=script_json(drawn),
+        plotly=plotly_js() if first else "",
     )
     return write_whole(path, page)
 
@@ -98,36 +108,41 @@ def _without_weights(evaluation: Evaluation) -> dict[str, Any]:
     return {name: value for name, value in evaluation.params_drawn.items() if name != WEIGHTS}
 
 
-def _plotly() -> str:
+def plotly_js() -> str:
     # Here and not at the top: only a page with charts needs it, and it is slow to import.
     from plotly.offline import get_plotlyjs
 
     return str(get_plotlyjs())
 
 
-def _script_json(drawn: Mapping[str, Figure]) -> str:
+def script_json(drawn: Mapping[str, Any]) -> str:
     """JSON that can stand inside a script element: without `<` no text in it can end the element."""
     return json.dumps(drawn, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _note(text: str) -> str:
+def note(text: str) -> str:
     return f'<p class="note">{html.escape(text)}</p>'
 
 
 # --- sections -----------------------------------------------------------------------------
 
 
-def _headline(manifest: Mapping[str, Any], evaluations: Sequence[Evaluation], front: Sequence[Evaluation]) -> str:
+def _device_heading(device: str) -> str:
+    """The name of one of several devices, above what is of it alone."""
+    return f"<h3>{html.escape(device)}</h3>" if device else ""
+
+
+def _headline(manifest: Mapping[str, Any], devices: Sequence[str], evaluations: Sequence[Evaluation], front: Sequence[Evaluation]) -> str:
     done = sum(e.state == "complete" for e in evaluations)
     budget = _find(manifest, "train_bytes")
     items = [
-        ("Device", _name(_find(manifest, "device"))),
+        ("Devices", ", ".join(devices)) if devices else ("Device", _name(_find(manifest, "device"))),
         ("Date", _name(_find(manifest, "created"))),
         ("Corpus", _name(_find(manifest, "corpus"))),
         ("Training text", format_bytes(budget) if isinstance(budget, int | float) and not isinstance(budget, bool) else _name(budget)),
         ("Weights", "" if (weights := _name(_find(manifest, "weights"))) == "fp32" else weights.replace(",", ", ")),
         ("Trials", f"{done} of {len(evaluations)} complete"),
-        ("Front", f"{len(front)} {'model' if len(front) == 1 else 'models'}"),
+        ("Joint front" if devices else "Front", f"{len(front)} {'model' if len(front) == 1 else 'models'}"),
     ]
     return "".join(f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in items if value)
 
@@ -149,64 +164,104 @@ def _name(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _chosen(front: Sequence[Evaluation], speed: Speed) -> str:
-    best = choose(front, speed)
+def _chosen(evaluations: Sequence[Evaluation], speed: Speed, devices: Sequence[str]) -> str:
+    best = choose(front_of(evaluations, speed), speed)
     if best is None:
-        return _note("No trial has completed yet, so there is no model to choose.")
+        return note("No trial has completed yet, so there is no model to choose.")
     words = html.escape(describe_trial(best)) if best.config is not None else "architecture unknown"
-    figures = [
-        (format_bpb(best.val_bpb, best.val_bpb_stderr), "bits per byte"),
-        (format_rate(1 / best.s_per_byte if best.s_per_byte else None), "characters/s"),
-        (format_ms(best.decode_s_per_token), "ms/token"),
-        (format_s(best.request_s), "a request"),
-        (format_count(best.params), "parameters"),
-        (format_bytes(best.peak_bytes), "peak memory"),
-    ]
-    tiles = "".join(f"<div><b>{html.escape(value)}</b><span>{label}</span></div>" for value, label in figures)
-    heading = f'<p class="choice"><span class="star">★</span> Default choice: trial {best.trial}</p>'
+    seen = on_each([best], devices or [""])
+    figures = [(format_bpb(best.val_bpb, best.val_bpb_stderr), "bits per byte")]
+    for device, (e, *_) in seen.items():
+        where = f" on {device}" if devices else ""
+        figures += [
+            (format_rate(1 / e.s_per_byte if e.s_per_byte else None), f"characters/s{where}"),
+            (format_ms(e.decode_s_per_token), f"ms/token{where}"),
+            (format_s(e.request_s), f"a request{where}"),
+        ]
+    figures += [(format_count(best.params), "parameters"), (format_bytes(_most_memory(list(seen.values()))), "peak memory")]
+    tiles = "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>" for value, label in figures)
+    which = "Default choice for all devices" if devices else "Default choice"
+    heading = f'<p class="choice"><span class="star">★</span> {which}: trial {best.trial}</p>'
     return f'{heading}<p>{words}</p><div class="tiles">{tiles}</div>'
 
 
-def _buttons(figures: Mapping[str, Figure], first: str) -> str:
-    shown = [(axis, str(axis.key == first).lower()) for axis in AXES if axis.key in figures]
+def _most_memory(seen: Sequence[Sequence[Evaluation]]) -> int | None:
+    return max((e.peak_bytes for there in seen for e in there if e.peak_bytes is not None), default=None)
+
+
+def _buttons(figures: Sequence[Mapping[str, Figure]], first: str) -> str:
+    shown = [(axis, str(axis.key == first).lower()) for axis in AXES if any(axis.key in drawn for drawn in figures)]
     return "".join(
         f'<button type="button" data-axis="{axis.key}" aria-pressed="{pressed}">{axis.label}</button>' for axis, pressed in shown
     )
 
 
-def _front_note(figures: Mapping[str, Figure]) -> str:
-    return "" if figures else _note("Nothing to draw yet: no trial has both bits per byte and a time.")
+def _front_note(figures: Sequence[Mapping[str, Figure]]) -> str:
+    return "" if any(figures) else note("Nothing to draw yet: no trial has both bits per byte and a time.")
 
 
 _COLUMNS = ("trial", "architecture", "parameters", "weights", "ms/token", "request", "characters/s", "peak", "bits per byte")
 
 
-def _front_table(front: Sequence[Evaluation], speed: Speed) -> str:
-    if not front:
-        return _note("The front is empty.")
-    best = choose(front, speed)
+def _fronts(evaluations: Sequence[Evaluation], speed: Speed, devices: Sequence[str], references: Sequence[Reference]) -> str:
+    """The front; of several devices first the models by what they take on each, then the front of each. Then the references."""
+    known = [r for r in references if r.evaluation not in evaluations]
+    if not devices:
+        return _front_table(evaluations, speed) + _references(known)
+    found = across(evaluations, speed, devices)
+    if not found.front:
+        return note("The front is empty.") + _references(known)
     rows = []
-    for e in front:
-        cells = [
-            f"{e.trial}{' ★' if e is best else ''}",
-            describe_config(e.config) if e.config is not None else "–",
-            format_count(e.params),
-            e.weights,
-            format_ms(e.decode_s_per_token),
-            format_s(e.request_s),
-            format_rate(1 / e.s_per_byte if e.s_per_byte else None),
-            format_bytes(e.peak_bytes),
-            format_bpb(e.val_bpb, e.val_bpb_stderr),
-        ]
-        rows.append((cells, "best" if e is best else ""))
+    for e in found.front:
+        is_best = found.chosen is not None and e.trial == found.chosen.trial
+        start = [f"{e.trial}{' ★' if is_best else ''}", describe_trial(e), format_count(e.params)]
+        rows.append(([*start, *found.times[e.trial], format_bpb(e.val_bpb, e.val_bpb_stderr)], "best" if is_best else ""))
+    columns = ("trial", "architecture", "parameters", *devices, "bits per byte")
+    legend = note(f"Under each device the {found.unit}; {CHOSEN} is the default choice there, {ON_FRONT} a model on its front.")
+    parts = [_table(columns, rows, wide=(1,)), legend]
+    for i, (device, seen) in enumerate(on_each(evaluations, devices).items()):
+        beside = [r.on(device if i else None) for r in known]
+        inside = _front_table(seen, speed) + _references(beside)
+        parts.append(f"<details><summary>The front on {html.escape(device)}</summary>{inside}</details>")
+    return "".join(parts)
+
+
+def _front_table(evaluations: Sequence[Evaluation], speed: Speed) -> str:
+    front = front_of(evaluations, speed)
+    if not front:
+        return note("The front is empty.")
+    best = choose(front, speed)
+    rows = [(_row(e, f"{e.trial}{' ★' if e is best else ''}"), "best" if e is best else "") for e in front]
     keep = [i for i, name in enumerate(_COLUMNS) if name != "weights" or any(e.names_weights for e in front)]
     return _table([_COLUMNS[i] for i in keep], [([cells[i] for i in keep], kind) for cells, kind in rows], wide=(1,))
 
 
-def _breakdowns(front: Sequence[Evaluation], speed: Speed, manifest: Mapping[str, Any]) -> str:
-    """Each model of the front taken apart, the default choice unfolded."""
+def _row(e: Evaluation, name: str) -> list[str]:
+    return [
+        name,
+        describe_config(e.config) if e.config is not None else "–",
+        format_count(e.params),
+        e.weights,
+        format_ms(e.decode_s_per_token),
+        format_s(e.request_s),
+        format_rate(1 / e.s_per_byte if e.s_per_byte else None),
+        format_bytes(e.peak_bytes),
+        format_bpb(e.val_bpb, e.val_bpb_stderr),
+    ]
+
+
+def _references(references: Sequence[Reference]) -> str:
+    """Models measured beside the candidates, of one device, with the reason where something is not known."""
+    if not references:
+        return ""
+    rows = [([*_row(r.evaluation, r.name), r.evaluation.reason or ""], "") for r in references]
+    return "<h3>References, measured beside</h3>" + _table(("model", *_COLUMNS[1:], "note"), rows, wide=(1, len(_COLUMNS)))
+
+
+def _breakdowns(front: Sequence[Evaluation], speed: Speed, manifest: Mapping[str, Any], device: Mapping[str, Any]) -> str:
+    """Each model of a device's front taken apart, the default choice unfolded."""
     lengths = {name: value for name in ("prompt_bytes", "generate_bytes") if (value := _find(manifest, name))}
-    ceilings = {name: _find(manifest, name) or 0.0 for name in ("flops_per_s", "read_bytes_per_s")}
+    ceilings = {name: _find(device, name) or 0.0 for name in ("flops_per_s", "read_bytes_per_s")}
     best = choose(front, speed)
     parts = []
     for e in front:
@@ -219,7 +274,7 @@ def _breakdowns(front: Sequence[Evaluation], speed: Speed, manifest: Mapping[str
             for phase, profile in phases.items()
         )
         parts.append(f"<details{' open' if e is best else ''}><summary>{summary}</summary>{tables}</details>")
-    return "".join(parts) or _note("Nothing is known: no model of the front was measured on a device that can tell.")
+    return "".join(parts) or note("Nothing is known: no model of the front was measured on a device that can tell.")
 
 
 def _table(columns: Sequence[str], rows: Sequence[tuple[Sequence[str], str]], wide: Sequence[int]) -> str:
@@ -244,10 +299,10 @@ def _no_importance(evaluations: Sequence[Evaluation]) -> str:
 def _unfinished(evaluations: Sequence[Evaluation]) -> str:
     rest = sorted((e for e in evaluations if e.state != "complete"), key=lambda e: e.trial)
     if not rest:
-        return _note("Every trial completed." if evaluations else "No trial has been made yet.")
+        return note("Every trial completed." if evaluations else "No trial has been made yet.")
     rows = [([str(e.trial), e.state, e.reason or "–", format_count(e.params), describe_trial(e)], "") for e in rest[:_MOST_LISTED]]
     table = _table(("trial", "state", "reason", "parameters", "architecture"), rows, wide=(2, 4))
-    return table + (_note(f"… and {len(rest) - _MOST_LISTED} more.") if len(rest) > _MOST_LISTED else "")
+    return table + (note(f"… and {len(rest) - _MOST_LISTED} more.") if len(rest) > _MOST_LISTED else "")
 
 
 def _stages(evaluations: Sequence[Evaluation]) -> str:
@@ -257,19 +312,19 @@ def _stages(evaluations: Sequence[Evaluation]) -> str:
             totals[stage] = totals.get(stage, 0.0) + (seconds or 0.0)
     whole = sum(totals.values())
     if whole <= 0:
-        return _note("No time has been recorded.")
+        return note("No time has been recorded.")
     bars = "".join(
         f'<div class="stage"><span>{html.escape(stage)}</span><i style="width:{100 * seconds / whole:.1f}%"></i>'
         f"<b>{f'{seconds / 60:.1f} min' if seconds >= 3 else format_s(seconds)}</b></div>"
         for stage, seconds in totals.items()
         if seconds > 0
     )
-    return f'<div class="stages">{bars}</div>' + _note(f"{whole / 60:.1f} minutes in all, over {len(evaluations)} trials.")
+    return f'<div class="stages">{bars}</div>' + note(f"{whole / 60:.1f} minutes in all, over {len(evaluations)} trials.")
 
 
-def _settings(manifest: Mapping[str, Any]) -> str:
+def settings_list(manifest: Mapping[str, Any]) -> str:
     if not manifest:
-        return _note("No settings were recorded.")
+        return note("No settings were recorded.")
     rows = []
     for key, value in manifest.items():
         if isinstance(value, Mapping | list | tuple):

@@ -69,12 +69,13 @@ _DRAW = """
     Plotly.react(place, data, layout, {responsive: true, displayModeBar: false});
   };
   let axis = figures.first;
-  const all = () => { draw("front", figures.front[axis]); draw("design", figures.design); draw("importance", figures.importance); };
+  const fronts = () => [figures.front, ...(figures.others || [])].forEach((drawn, i) => draw("front" + (i || ""), drawn[axis]));
+  const all = () => { fronts(); draw("design", figures.design); draw("importance", figures.importance); };
   const buttons = [...document.querySelectorAll("button[data-axis]")];
   for (const button of buttons) button.addEventListener("click", () => {
     axis = button.dataset.axis;
     for (const b of buttons) b.setAttribute("aria-pressed", String(b === button));
-    draw("front", figures.front[axis]);
+    fronts();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all);
   all();
@@ -90,6 +91,9 @@ takes longer for a token but needs fewer of them. A <b>request</b> is the whole 
 <p><b>The front</b> holds the models that no other candidate beats in both speed and accuracy. Filled marks are that front on every axis;
 the step line is the best accuracy reachable at each value of the axis shown. The <b>default choice</b> (★) is the knee: the point furthest
 below the line joining the front's ends, on a log time scale. Past it, a little accuracy costs a lot of time.</p>
+<p>In a search over <b>several devices</b> every model is trained once and measured on each. There is a front on each device, and the
+joint front of models that no other beats everywhere at once; its default choice goes by the geometric mean of the times. <b>References</b>
+are models measured on the same device beside the candidates; one whose weights were not there has no score and is a dotted line.</p>
 <p><b>Weights</b> are trained as 32-bit floats. Where a precision is named, a model was compiled, measured and scored with its matrices
 rounded to it: its bits per byte are those of what the device computes with.</p>
 <p><b>What a model spends its time on</b> is measured beside its times, kernel by kernel: one prefill of the prompt, one decoding step.
@@ -98,7 +102,7 @@ GFLOP/s count its matrix products, GB/s the weights and cached rows it must read
 how much the values of a parameter among the better half of candidates differ from everyone's (PED-ANOVA); with few trials it is rough.</p>
 """
 
-PAGE = (
+PAGE_BEGIN = (
     """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data: blob:; \
@@ -107,9 +111,27 @@ style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'">
     + _STYLE
     + """</style></head><body><main>
 <header><p class="brand">Edgewise report</p><h1>$title</h1><dl class="head">$headline</dl></header>
-<section id="choice">$chosen</section>
+"""
+)
+"""A page up to its first section."""
+
+PAGE_END = (
+    """
+</main>
+<script type="application/json" id="figures">$figures</script>
+<script>$plotly</script>
+<script>"""
+    + _DRAW
+    + """</script></body></html>
+"""
+)
+"""A page from its last section on; the chart of `figures["front"][figures["first"]]` is drawn in the element "front"."""
+
+PAGE = (
+    PAGE_BEGIN
+    + """<section id="choice">$chosen</section>
 <section><h2>Speed against accuracy</h2>$front_note<div class="buttons" role="group" aria-label="Horizontal axis">$buttons</div>
-<div id="front"></div></section>
+$charts</section>
 <section><h2>What this run shows</h2><ul class="findings">$findings</ul></section>
 <section><h2>The front</h2>$table</section>
 <section><h2>What a model spends its time on</h2>$breakdowns</section>
@@ -120,13 +142,7 @@ style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'">
 <section><h2>How to read this</h2>"""
     + _READING
     + """</section>
-<section><h2>Settings</h2>$settings</section>
-</main>
-<script type="application/json" id="figures">$figures</script>
-<script>$plotly</script>
-<script>"""
-    + _DRAW
-    + """</script></body></html>
-"""
+<section><h2>Settings</h2>$settings</section>"""
+    + PAGE_END
 )
 """A `string.Template`."""

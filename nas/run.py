@@ -6,6 +6,7 @@ lock                       held by the process that searches
 study.db                   Optuna storage (unless --storage)
 tokenizers/2048.json       one per vocabulary size asked for
 trials/00003.json          an `Evaluation`, growing step by step; 00003.json.damaged: set aside, done again
+references/NAME.json       an `Evaluation` of a model that was measured beside the candidates; its trial is -1
 weights/00003.safetensors  trained weights and their score; in the end for trials on the front only; .damaged: as above
 front.json                 the front so far
 log.jsonl                  when each step began and was done, and its seconds: the only file with wall-clock times
@@ -33,14 +34,17 @@ from nas.evaluation import Evaluation, write_whole
 FORMAT = 1
 """Version of the run folder's layout."""
 
-_SETTLED = ("format", "seed", "space", "target", "corpus", "settings", "device")
-"""What must be the same for a run to go on: of the corpus its text, of the device what its times depend on."""
+_NEEDED = ("format", "seed", "space", "target", "corpus", "settings", "device", "id", "created", "versions")
+"""What every manifest has; `target` and `device` are the name and the spec of the first of `targets`."""
+
+_SETTLED = ("format", "seed", "space", "targets", "corpus", "settings")
+"""What must be the same for a run to go on: of the corpus its text, of the devices what their times depend on."""
 
 _DEVICE = ("triple", "cpu", "cores", "vector_bytes")
 
 _OPTIONS = {
     "seed": "--seed",
-    "target": "--target",
+    "targets": "--target",
     "space": "--space",
     "corpus": "--corpus",
     "train_bytes": "--train-bytes",
@@ -48,6 +52,7 @@ _OPTIONS = {
     "speed": "--speed",
     "weights": "--weights",
     "storage": "--storage",
+    "ahead": "--ahead",
     "max_params": "--max-params",
     "max_memory_bytes": "--max-memory",
     "max_latency_s": "--max-latency",
@@ -93,9 +98,26 @@ class Run:
         """Where the tokenizer for a requested vocabulary size is."""
         return self.path / "tokenizers" / f"{vocab_size}.json"
 
-    def artifact_path(self, trial: int) -> Path:
-        """A folder for what a target compiles; removed once it is measured."""
-        return self.path / "artifacts" / f"{trial:05d}"
+    def artifact_path(self, trial: int, place: int = 0) -> Path:
+        """A folder for what the target at that place of `devices` compiles; removed once it is measured."""
+        return self.path / "artifacts" / f"{trial:05d}-{place}"
+
+    def reference_path(self, name: str) -> Path:
+        """Where the record of a model measured beside the candidates is; the name must be one of a file."""
+        assert name == Path(name).name and not name.startswith(".")
+        return self.path / "references" / f"{name}.json"
+
+    # --- devices --------------------------------------------------------------------------
+
+    @property
+    def specs(self) -> list[dict[str, Any]]:
+        """The devices that the run is for, as `DeviceSpec.to_dict` gives them."""
+        return list(targets_of(self.manifest))
+
+    @property
+    def devices(self) -> list[str]:
+        """Their names, in the order given."""
+        return [str(spec["name"]) for spec in self.specs]
 
     # --- evaluations ----------------------------------------------------------------------
 
@@ -125,6 +147,14 @@ class Run:
         seconds = self.stage_seconds()
         loaded = ((n, self.load(n)) for n in numbers)
         return [e.evolve(stage_s=seconds.get(n, {})) for n, e in loaded if e is not None]
+
+    def references(self) -> dict[str, Evaluation]:
+        """The records of the models measured beside the candidates, by name.
+
+        Raises:
+            InvalidRun: if a file is damaged.
+        """
+        return {path.stem: Evaluation.load(path) for path in sorted((self.path / "references").glob("*.json"))}
 
     def set_aside(self, path: Path) -> Path:
         """Renames a damaged file out of the way and returns its new path; nothing is deleted."""
@@ -162,11 +192,15 @@ class Run:
                 yield entry
 
     def stage_seconds(self) -> dict[int, dict[str, float]]:
-        """Seconds of each finished step, by trial and step."""
-        seconds: dict[int, dict[str, float]] = {}
+        """Seconds of each finished step, by trial and step; on all devices together."""
+        last: dict[tuple[int, str, str], float] = {}
         for entry in self.log_entries():
             if entry["event"] == "done" and isinstance(entry.get("seconds"), int | float) and isinstance(entry["trial"], int):
-                seconds.setdefault(entry["trial"], {})[str(entry["step"])] = float(entry["seconds"])
+                last[entry["trial"], str(entry["step"]), str(entry.get("device", ""))] = float(entry["seconds"])
+        seconds: dict[int, dict[str, float]] = {}
+        for (trial, step, _), value in last.items():
+            of = seconds.setdefault(trial, {})
+            of[step] = of.get(step, 0.0) + value
         return seconds
 
     # --- one process at a time ------------------------------------------------------------
@@ -178,22 +212,38 @@ class Run:
         Raises:
             InvalidRun: if another process has it.
         """
-        with (self.path / "lock").open("a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                raise InvalidRun(f"run {str(self.path)!r} is in use by process {holder}; wait for it, or give another --run") from error
+        with locked(self.path / "lock", f"run {str(self.path)!r}", "--run"):
+            yield
+
+
+@contextmanager
+def locked(path: Path, what: str, option: str) -> Iterator[None]:
+    """Holds a lock file for this process; the lock goes with the process, however it ends.
+
+    Args:
+        path: the file.
+        what: it stands for, in an error.
+        option: that names another.
+
+    Raises:
+        InvalidRun: if another process has it.
+    """
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise InvalidRun(f"{what} is in use by process {holder}; wait for it, or give another {option}") from error
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
             file.seek(0)
             file.truncate()
-            file.write(str(os.getpid()))
-            file.flush()
-            try:
-                yield
-            finally:
-                file.seek(0)
-                file.truncate()
 
 
 def open_run(path: Path) -> Run:
@@ -244,7 +294,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise InvalidRun(f"{file} cannot be read ({error.strerror}); check the folder's permissions") from error
     except ValueError as error:
         raise InvalidRun(f"{file} is damaged ({error}); restore it, or give another --run") from error
-    missing = [key for key in (*_SETTLED, "id", "created", "versions") if not isinstance(manifest, dict) or key not in manifest]
+    missing = [key for key in _NEEDED if not isinstance(manifest, dict) or key not in manifest]
     if missing:
         raise InvalidRun(f"{file} is damaged: it lacks {missing[0]!r}; restore it, or give another --run")
     if manifest["format"] != FORMAT:
@@ -252,25 +302,28 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{file} has format {manifest['format']!r}, not {FORMAT}; use the version of edgewise that made it, or another --run"
         )
     assert isinstance(manifest, dict)
+    specs = targets_of(manifest)
+    if not isinstance(specs, list) or not specs or not all(isinstance(spec, dict) and isinstance(spec.get("name"), str) for spec in specs):
+        raise InvalidRun(f"{file} is damaged: targets={specs!r} is not a list of devices; restore it, or give another --run")
     return manifest
+
+
+def targets_of(manifest: Mapping[str, Any]) -> Any:
+    """What a manifest says of the run's devices; one from before there could be several has just `device`."""
+    return manifest.get("targets", [manifest["device"]])
 
 
 def _same_run(run: Run, wanted: Mapping[str, Any]) -> None:
     """Refuses to go on with other settings; the first difference is named."""
     wanted = json.loads(json.dumps(wanted))
     for key in _SETTLED:
-        before, now = _comparable(key, run.manifest[key]), _comparable(key, wanted[key])
+        before, now = (_comparable(key, targets_of(m) if key == "targets" else m[key]) for m in (run.manifest, wanted))
         if before == now:
             continue
         name: str = key
-        if isinstance(before, dict) and isinstance(now, dict) and key in ("settings", "device"):
+        if key == "settings":
             inner = next((k for k in (*before, *now) if before.get(k) != now.get(k)), "")
             name, before, now = inner, before.get(inner), now.get(inner)
-            if key == "device":
-                raise InvalidRun(
-                    f"run {str(run.path)!r} was made on another machine ({name} {_shown(before)}, not {_shown(now)}), whose times "
-                    "do not compare; go on with it there, or give another --run"
-                )
         elif key == "corpus":
             before, now = (f"{c.get('name')} (sha256 {str(c.get('sha256'))[:12]})" for c in (run.manifest[key], wanted[key]))
         elif key == "space":
@@ -282,18 +335,31 @@ def _same_run(run: Run, wanted: Mapping[str, Any]) -> None:
             f"run {str(run.path)!r} was made with {option} {_shown(before)}, not {_shown(now)}; "
             "use the same to go on with it, or give another --run"
         )
+    _same_devices(run, targets_of(wanted))
+
+
+def _same_devices(run: Run, wanted: list[dict[str, Any]]) -> None:
+    """Refuses devices of the same names that are others."""
+    for before, now in zip(run.specs, wanted, strict=True):
+        name = next((k for k in _DEVICE if before.get(k) != now.get(k)), None)
+        if name is not None:
+            which = "on another machine" if len(wanted) == 1 else f"with another {now['name']!r}"
+            raise InvalidRun(
+                f"run {str(run.path)!r} was made {which} ({name} {_shown(before.get(name))}, not {_shown(now.get(name))}), whose times "
+                "do not compare; go on with it there, or give another --run"
+            )
 
 
 def _comparable(key: str, value: Any) -> Any:
     """The part of a manifest's entry that must stay the same."""
+    if key == "targets":
+        return ", ".join(str(spec["name"]) for spec in value)
     if not isinstance(value, dict):
         return value
     if key == "corpus":
         return value.get("sha256")  # the same text under another name or path is the same corpus
-    if key == "device":
-        return {k: value.get(k) for k in _DEVICE}
     if key == "settings":
-        value = {"weights": "fp32", **value}  # a run from before there was a choice
+        value = {"weights": "fp32", "ahead": 1, **value}  # a run from before there was a choice
         if isinstance(value.get("storage"), str):
             value["storage"] = without_password(value["storage"])
     return value

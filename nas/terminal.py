@@ -1,9 +1,10 @@
 """A search as it is watched: a live view on a terminal, one parseable line per finished trial anywhere else."""
 
 import json
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -13,10 +14,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from nas.describe import describe_config, format_bpb, format_bytes, format_count, format_ms, format_rate, format_s
+from nas.across import CHOSEN, DOUBTFUL, ON_FRONT, across, time_words
+from nas.describe import describe_config, describe_trial, format_bpb, format_bytes, format_count, format_ms, format_rate, format_s
 from nas.evaluation import Evaluation, Speed
 from nas.findings import is_doubtful, is_noisy, is_slow
-from nas.front import choose, front_of
+from nas.front import choose, front_of, on_each
 
 _ROWS = 10
 """Models of the front shown while a search runs: the view has to fit on the screen to be redrawn in place."""
@@ -39,12 +41,15 @@ _LINE_FIELDS = (
     ),
     *("val_bpb", "val_bpb_stderr", "duplicate_of", "reason"),
 )
+_DEVICE_FIELDS = ("peak_bytes", "prefill_s", "decode_s_per_token", "request_s", "bytes_per_s")
 
 
 def parseable_line(evaluation: Evaluation) -> str:
     """One trial as `name=value` words in a fixed order; what is not known is left out.
 
-    Numbers are written in full precision; text that holds anything but word characters is a JSON string.
+    Numbers are written in full precision; text that holds anything but word characters is a JSON string. In a search over
+    several devices, times and memory without a device's name are those of the first, the others are named as in
+    `pi5.request_s=0.12`.
     """
     words = []
     for name in _LINE_FIELDS:
@@ -53,54 +58,115 @@ def parseable_line(evaluation: Evaluation) -> str:
             continue
         plain = not isinstance(value, str) or value.replace("_", "a").isalnum()
         words.append(f"{name}={value if plain else json.dumps(value)}")
+    for device, there in evaluation.others.items():
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", device)
+        words += [f"{name}.{field}={value}" for field in _DEVICE_FIELDS if (value := getattr(there, field)) is not None]
     words += [f"{word}=true" for word, holds in (("noisy", is_noisy), ("slow", is_slow)) if holds(evaluation.measurement)]
     return " ".join(words)
 
 
-def front_table(evaluations: Sequence[Evaluation], speed: Speed = "decode", *, most: int | None = None, width: int | None = None) -> Table:
+def front_table(
+    evaluations: Sequence[Evaluation],
+    speed: Speed = "decode",
+    *,
+    most: int | None = None,
+    width: int | None = None,
+    references: Mapping[str, Evaluation] | None = None,
+) -> Table:
     """The front as a rich table, fastest first, the default choice marked with ★, times that were noisy or slow with ~.
 
     Args:
-        evaluations: any trials; only complete ones can be on the front.
+        evaluations: any trials of one device; only complete ones can be on the front.
         speed: the time traded against bits per byte.
         most: no more rows than this, the ends and the default choice among them, one line each; a caption says how many
             are left out.
         width: columns of the terminal, if known; below `_NARROW` request time and memory are left out.
+        references: models measured beside, by name, to list below.
 
     The precision of weights is a column only where people are told (`Evaluation.names_weights`).
     """
     front = front_of(evaluations, speed)
     best = choose(front, speed)
     shown = _spread(front, best, most)
+    beside = references or {}
     names = ["trial", "", "bits/byte", "ms/token", "request", "chars/s", "params", "weights", "peak"]
-    rows = [_cells(e, e is best) for e in shown]
+    rows = [_cells(e, str(e.trial), "★" if e is best else "") for e in shown]
+    rows += [_cells(e, name, "ref") for name, e in beside.items()]
     left_out = {"request", "peak"} if width is not None and width < _NARROW else set()
-    left_out |= set() if any(e.names_weights for e in front) else {"weights"}
+    left_out |= set() if any(e.names_weights for e in (*front, *beside.values())) else {"weights"}
     keep = [i for i, name in enumerate(names) if name not in left_out]
     names, rows = [names[i] for i in keep], [[*(row[i] for i in keep), row[-1]] for row in rows]
-    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold", caption_justify="left")
-    for i, name in enumerate(names):
-        # Figures keep their width; rich would otherwise cut them before the long words of the last column.
-        table.add_column(name, justify="right", no_wrap=True, min_width=max(len(name), *(len(row[i]) for row in rows), 1))
-    table.add_column("architecture")
-    for e, row in zip(shown, rows, strict=True):
-        # `Text`, not `str`: a string would be read as markup.
-        # One that may not wrap is so on the text: a column that may not would take the room of the figures.
-        words = Text(row[-1]) if most is None else Text(row[-1], no_wrap=True, overflow="ellipsis")
-        table.add_row(*(Text(cell) for cell in row[:-1]), words, style="bold" if e is best else None)
+    table = _table(names, rows, {i for i, e in enumerate(shown) if e is best}, most is not None)
     notes = [f"{len(front) - len(shown)} more on the front"] if len(shown) < len(front) else []
-    if any(is_doubtful(e) for e in shown):
+    if any(is_doubtful(e) for e in (*shown, *beside.values())):
         notes.append("~ times spread widely, or the device ran slow")
-    if not front:
-        notes = ["no model on the front yet"]
-    table.caption = Text("\n".join(notes)) if notes else None
+    table.caption = _caption(notes if front else ["no model on the front yet"], beside)
     return table
 
 
-def _cells(e: Evaluation, is_best: bool) -> list[str]:
+def joint_table(
+    evaluations: Sequence[Evaluation],
+    speed: Speed,
+    devices: Sequence[str],
+    *,
+    most: int | None = None,
+    references: Mapping[str, Evaluation] | None = None,
+) -> Table:
+    """The joint front of a search over several devices as a rich table: every model's time on each, and where it wins.
+
+    Args:
+        evaluations: any trials of the run.
+        speed: the time traded against bits per byte.
+        devices: names, in the order of the run's manifest.
+        most: as for `front_table`.
+        references: models measured beside, by name, to list below.
+    """
+    found, beside = across(evaluations, speed, devices), references or {}
+    shown = _spread(found.front, found.chosen, most)
+    names = ["trial", "", "bits/byte", *devices, "params"]
+    rows = [[str(e.trial), "★" if e is found.chosen else "", *_joint_cells(e, found.times[e.trial])] for e in shown]
+    for name, e in beside.items():
+        rows.append([name, "ref", *_joint_cells(e, [time_words(there[0], speed) for there in on_each([e], devices).values()])])
+    table = _table(names, rows, {i for i, e in enumerate(shown) if e is found.chosen}, most is not None)
+    notes = [f"{len(found.front) - len(shown)} more on the joint front"] if len(shown) < len(found.front) else []
+    notes.append(f"{found.unit} on each device; {CHOSEN} default choice there, {ON_FRONT} on its front")
+    if any(DOUBTFUL in cell for row in found.times.values() for cell in row):
+        notes.append("~ times spread widely, or the device ran slow")
+    table.caption = _caption(notes if found.front else ["no model on the front yet"], beside)
+    return table
+
+
+def _joint_cells(e: Evaluation, times: Sequence[str]) -> list[str]:
+    return [format_bpb(e.val_bpb, e.val_bpb_stderr), *times, format_count(e.params), describe_trial(e)]
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]], bold: set[int], one_line: bool) -> Table:
+    """A table whose last cell of each row is an architecture."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold", caption_justify="left")
+    for i, name in enumerate(names):
+        # Figures keep their width; rich would otherwise cut them before the long words of the last column.
+        width = max(len(name), *(len(row[i]) for row in rows), 1)
+        table.add_column(Text(name), justify="right", no_wrap=True, min_width=width)
+    table.add_column("architecture")
+    for i, row in enumerate(rows):
+        # `Text`, not `str`: a string would be read as markup.
+        # One that may not wrap is so on the text: a column that may not would take the room of the figures.
+        words = Text(row[-1], no_wrap=True, overflow="ellipsis") if one_line else Text(row[-1])
+        table.add_row(*(Text(cell) for cell in row[:-1]), words, style="bold" if i in bold else None)
+    return table
+
+
+def _caption(notes: Sequence[str], references: Mapping[str, Evaluation]) -> Text | None:
+    lines = [*notes, *(f"{name}: {e.reason}" for name, e in references.items() if e.reason)]
+    if references:
+        lines.append("ref: a reference, measured beside and never on the front")
+    return Text("\n".join(lines)) if lines else None
+
+
+def _cells(e: Evaluation, name: str, sign: str) -> list[str]:
     mark = "~" if is_doubtful(e) else ""
     return [
-        *(str(e.trial), "★" if is_best else ""),
+        *(name, sign),
         *(format_bpb(e.val_bpb, e.val_bpb_stderr), format_ms(e.decode_s_per_token) + mark, format_s(e.request_s) + mark),
         *(format_rate(1 / e.s_per_byte if e.s_per_byte else None), format_count(e.params), e.weights, format_bytes(e.peak_bytes)),
         describe_config(e.config) if e.config is not None else "–",
@@ -127,15 +193,23 @@ class LiveView:
 
     Args:
         speed: the time the search trades against bits per byte.
+        devices: those of the search, by name, in the order of its manifest; of one or none the table is that of one device.
         quiet: print lines even on a terminal, and no notes.
         console: where to draw; stdout by default. It is drawn on only if it is a terminal.
         errors: where notes go when there is no live view; stderr by default.
     """
 
     def __init__(
-        self, *, speed: Speed = "decode", quiet: bool = False, console: Console | None = None, errors: TextIO | None = None
+        self,
+        *,
+        speed: Speed = "decode",
+        devices: Sequence[str] = (),
+        quiet: bool = False,
+        console: Console | None = None,
+        errors: TextIO | None = None,
     ) -> None:
         self.speed: Speed = speed
+        self.devices = tuple(devices)
         self.console = console if console is not None else Console()
         self.quiet = quiet
         self.errors = errors
@@ -219,7 +293,11 @@ class LiveView:
         size = (len(evaluations), self.console.width, self.console.height)
         if self._table is None or self._table[0] != size:
             room = max(1, min(_ROWS, self.console.height - 7))
-            self._table = (size, front_table(evaluations, self.speed, most=room, width=self.console.width))
+            if len(self.devices) > 1:
+                table = joint_table(evaluations, self.speed, self.devices, most=room)
+            else:
+                table = front_table(evaluations, self.speed, most=room, width=self.console.width)
+            self._table = (size, table)
         return Group(*parts, Text(""), self._table[1])
 
     def _progress(self, now: float, evaluations: Sequence[Evaluation]) -> RenderableType:
@@ -255,7 +333,7 @@ class LiveView:
 
 def _running(now: float, trial: int, name: str, detail: str, fraction: float | None, began: float) -> RenderableType:
     row = Table.grid(padding=(0, 2))
-    cells: list[RenderableType] = [Text(f"trial {trial}"), Text(name, style="cyan")]
+    cells: list[RenderableType] = [Text(f"trial {trial}"), Text(name, style="cyan")] if trial >= 0 else [Text(name, style="cyan")]
     if fraction is not None:
         share = min(1.0, max(0.0, fraction))
         cells += [ProgressBar(total=1.0, completed=share, width=24), Text(f"{share:.0%}")]

@@ -22,7 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nas.corpus import Corpus, cut
+from nas.corpus import Corpus, cut, load_corpus
 from nas.errors import InvalidRun, UserError
 from nas.evaluation import write_whole
 
@@ -38,6 +38,8 @@ REMEDY = "run the same search command again, it makes it anew"
 
 _FORMAT = 1
 _EXCERPT_BYTES = 8 * 1024
+_COUNTED_BYTES = 256 * 1024
+"""Text that the bytes per token of a published tokenizer are counted on."""
 _KEPT = 8
 
 Tokens = npt.NDArray[np.integer[Any]]
@@ -48,7 +50,8 @@ class Tokenizer:
     """A byte-level BPE: any text to ids and exactly back.
 
     `vocab_size` is the real number of ids, end of text included; it can be below what was asked for when
-    the corpus has too few repeats. `bytes_per_token` was measured on the training text.
+    the corpus has too few repeats. `bytes_per_token` was measured on the training text. One that came with a published
+    model may be of another kind, and `end_of_text` is then the token that its documents begin with.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, meta: Mapping[str, Any], sha256: str) -> None:
@@ -57,11 +60,11 @@ class Tokenizer:
         self._inner = inner
         self.sha256 = sha256
         self.meta = dict(meta)
-        self.vocab_size: int = inner.get_vocab_size()
+        self.vocab_size: int = meta.get("vocab_size") or inner.get_vocab_size()
         self.bytes_per_token = float(meta["bytes_per_token"])
         self.corpus_sha256 = str(meta["corpus_sha256"])
         self.requested_vocab_size = int(meta["requested_vocab_size"])
-        end = inner.token_to_id(END_OF_TEXT)
+        end = meta.get("end_of_text", inner.token_to_id(END_OF_TEXT))
         if end is None:
             raise ValueError(f"no {END_OF_TEXT} token")
         self.end_of_text: int = end
@@ -92,6 +95,48 @@ class Tokenizer:
         except Exception as error:  # `tokenizers` raises bare Exception on a malformed file
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InvalidRun(f"tokenizer {str(path)!r} is damaged ({reason}); {remedy}") from error
+
+    @classmethod
+    def published(cls, folder: Path) -> "Tokenizer":
+        """The tokenizer of a folder with a published model, from its tokenizer.json; nothing in the folder is run.
+
+        Bytes per token are those of State of the Union text. The token that documents begin with is the one that
+        tokenizer_config.json, generation_config.json or config.json has for the beginning, else for the end.
+
+        Raises:
+            InvalidRun: if a file is missing or damaged, or none names such a token.
+        """
+        path = folder / "tokenizer.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+            inner = tokenizers.Tokenizer.from_str(text)
+        except OSError as error:
+            raise InvalidRun(f"tokenizer {str(path)!r} cannot be read ({error.strerror}); take the folder again from its source") from error
+        except Exception as error:  # `tokenizers` raises bare Exception on a malformed file
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InvalidRun(f"tokenizer {str(path)!r} is damaged ({reason}); take the folder again from its source") from error
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True
+        end = _first_token(folder, inner)
+        if end is None:
+            raise InvalidRun(f"{str(folder)!r} names no bos or eos token; add a tokenizer_config.json that does")
+        # Special tokens beyond the model's own are not made from text.
+        plain = [i for i, token in inner.get_added_tokens_decoder().items() if not token.special]
+        ids = max([*inner.get_vocab(with_added_tokens=False).values(), *plain, end]) + 1
+        sample = list(_sample(load_corpus().train, _COUNTED_BYTES))
+        tokens = sum(len(e.ids) for e in inner.encode_batch(sample, add_special_tokens=False))
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        meta = {
+            "format": _FORMAT,
+            "sha256": sha256,
+            "corpus_sha256": "",
+            "requested_vocab_size": ids,
+            "vocab_size": ids,
+            "bytes_per_token": sum(len(t.encode()) for t in sample) / max(1, tokens),
+            "end_of_text": end,
+        }
+        return cls(inner, meta, sha256)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; no end of text is added."""
@@ -247,6 +292,26 @@ def tokenised(corpus: Corpus, tokenizer: Tokenizer) -> TokenisedCorpus:
             _TOKENISED.popitem(last=False)
     _TOKENISED.move_to_end(key)
     return _TOKENISED[key]
+
+
+def _first_token(folder: Path, inner: tokenizers.Tokenizer) -> int | None:
+    """The id of the token before a document's first one."""
+    files = []
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        try:
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        files.append(values if isinstance(values, dict) else {})
+    for kind in ("bos", "eos"):
+        for values in files:
+            text, number = values.get(f"{kind}_token"), values.get(f"{kind}_token_id")
+            text = text.get("content") if isinstance(text, dict) else text
+            number = number[0] if isinstance(number, list) and number else number
+            found = inner.token_to_id(text) if isinstance(text, str) else number
+            if isinstance(found, int) and inner.id_to_token(found) is not None:
+                return found
+    return None
 
 
 def _meta_path(path: Path) -> Path:

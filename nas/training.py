@@ -17,38 +17,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nas.corpus import Corpus
 from nas.errors import UserError
 from nas.tokenizer import Tokenizer, Tokens, tokenised
+from nas.training_step import IGNORED, MATRIX_RATE, Learner, has_diverged, schedule
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 from targets.quiet import yield_to_measuring
 
-# Chosen on State of the Union text by bits per byte of one seed (two seeds of the final choice: 2.134 and 2.135).
-# Width 128, 4 layers, vocabulary 1,024 unless said. Steps of 8, 4, 2 KB with rates 3e-3 and 1e-2: 2.60, 2.38, 2.24
-# at 256 KB; lower rates 2.27 with 2 KB, 2.18 with 1 KB. At 512 KB 2.025 with 1 KB, 2.008 with 512 bytes: steps
-# of 1 KB keep a whole window. Second beta 0.99 for 0.95: 2.120 for 2.142 with 512-byte steps.
-# Matrix rate x 0.5, 1, 2 at 256 KB: 2.478, 2.464, 2.485 at width 64; 1.994, 1.996, 2.043 at width 192.
-# The same at 7e-4 and 1e-3: 2.135, 2.135 with 4 layers; with 8, at 5e-4, 7e-4 and 1e-3: 2.148, 2.148, 2.159;
-# with 2, at 1e-3, 1.4e-3 and 2e-3: 2.134, 2.136, 2.139.
-# Embedding rate 5e-3, 1e-2, 2e-2 with a vocabulary of 4,096: 1.976, 1.970, 1.949;
-# 1e-2 and 1.5e-2 with 1,024: 2.137, 2.135, and 1e-2 and 2e-2 at 512 KB: 2.025, 2.030. 1.5e-2 is between them.
-# Whole documents in place of 8 KB excerpts: 2.198 for 2.137.
-MATRIX_RATE = 8e-4
-EMBEDDING_RATE = 1.5e-2
-REFERENCE_WIDTH = 128
-REFERENCE_DEPTH = 4
-WARMUP_SHARE = 0.05
-WEIGHT_DECAY = 0.1
-BETAS = (0.9, 0.99)
-MOST_GRADIENT_NORM = 1.0
-
-DIVERGED_ABOVE = 1.5
-"""A loss (mean of 8 steps) of this many times the first one counts as diverged."""
-
-_IGNORED = -100
 _MOST_LOGITS = 4 * 1024 * 1024
 """Logits made at once while scoring: 16 MB of float32, about what a cache holds."""
 
@@ -174,7 +152,7 @@ def train(
         start = time.perf_counter()
         losses = _fit(model, _windows(stream, window, tokenizer.end_of_text, seed, device), batch, rate, progress)
         train_s = time.perf_counter() - start
-        diverged = _diverged(losses)
+        diverged = has_diverged(losses)
 
         start = time.perf_counter()
         bpb: float | None = None
@@ -243,75 +221,25 @@ def evaluate(model: SLM, tokenizer: Tokenizer, documents: Sequence[str], window:
 def _fit(model: SLM, windows: tuple[Tensor, Tensor], batch: int, rate: float, progress: Callable[[float], None] | None) -> list[float]:
     """One pass over the windows; the mean loss in nats per token of each step, up to the one that diverged."""
     inputs_WS, targets_WS = windows
-    count = inputs_WS.shape[0]
-    steps = -(-count // batch)
-    optimiser = torch.optim.AdamW(_groups(model, rate), betas=BETAS, eps=1e-10, fused=True)
-    peaks = [group["lr"] for group in optimiser.param_groups]
-    parameters = list(model.parameters())
+    steps = -(-inputs_WS.shape[0] // batch)
+    learner = Learner(model, rate)
     on_cpu = inputs_WS.device.type == "cpu"
     losses: list[float] = []
     waiting: list[Tensor] = []
     model.train()
     for step in range(steps):
-        share = schedule(step, steps)
-        for group, peak in zip(optimiser.param_groups, peaks, strict=True):
-            group["lr"] = peak * share
         rows = slice(step * batch, (step + 1) * batch)
-        logits_BSV = model(inputs_WS[rows])
-        loss = F.cross_entropy(logits_BSV.flatten(0, 1), targets_WS[rows].flatten(), ignore_index=_IGNORED)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, MOST_GRADIENT_NORM)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        waiting.append(loss.detach())
+        waiting.append(learner.step([(inputs_WS[rows], targets_WS[rows])], schedule(step, steps)))
         # Reading a loss waits for the device: free on a CPU, costly each step on CUDA.
         if on_cpu or len(waiting) == 20 or step == steps - 1:
             losses += torch.stack(waiting).tolist()
             waiting.clear()
-            if _diverged(losses):
+            if has_diverged(losses):
                 break
         if progress is not None:
             progress((step + 1) / steps)
         yield_to_measuring()
     return losses
-
-
-def _diverged(losses: Sequence[float]) -> bool:
-    # A mean, as one hard window after a good start is no divergence.
-    recent = losses[-8:]
-    mean = sum(recent) / len(recent)
-    return not math.isfinite(mean) or mean > DIVERGED_ABOVE * losses[0]
-
-
-def schedule(step: int, steps: int) -> float:
-    """Share of the peak rate at a step: up over the first 5 %, then straight down to (nearly) zero at the last."""
-    warmup = max(1, round(WARMUP_SHARE * steps))
-    return min(1.0, (step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-
-
-def _groups(model: SLM, rate: float) -> list[dict[str, Any]]:
-    """Parameter groups by how the best rate of each changes with the model's size.
-
-    Weight matrices: rate * 128/D * sqrt(4/L) with L effective layers. The update of a sum over D inputs
-    grows with D under Adam (muP, Yang et al., arXiv 2203.03466, table 3); the root of the depth is
-    measured (the figures are at the top of this file). Embeddings and vectors: the same for every model.
-    """
-    embeddings, matrices, vectors = [], [], []
-    for name, parameter in model.named_parameters():
-        if name.startswith("embed.") or name == "head.weight":
-            embeddings.append(parameter)
-        elif parameter.ndim >= 2 and not name.endswith((".scale", ".shift")):
-            matrices.append(parameter)
-        else:
-            vectors.append(parameter)
-    constant = rate * EMBEDDING_RATE / MATRIX_RATE
-    size = REFERENCE_WIDTH / model.config.d_model * math.sqrt(REFERENCE_DEPTH / model.config.num_layers)
-    groups = [
-        {"params": embeddings, "lr": constant, "weight_decay": 0.0},
-        {"params": matrices, "lr": rate * size, "weight_decay": WEIGHT_DECAY},
-        {"params": vectors, "lr": constant, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def _windows(stream: Tokens, window: int, end_of_text: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -325,7 +253,7 @@ def _windows(stream: Tokens, window: int, end_of_text: int, seed: int, device: t
     positions_WS = starts[:, None] + np.arange(window)
     # Neighbours would put one document into a step; mixed windows give gradients that differ less from step to step.
     positions_WS = np.random.default_rng((seed, 1)).permutation(positions_WS)
-    targets_WS = np.where(positions_WS < length, stream[positions_WS + 1], _IGNORED)
+    targets_WS = np.where(positions_WS < length, stream[positions_WS + 1], IGNORED)
     return torch.from_numpy(stream[positions_WS]).to(device), torch.from_numpy(targets_WS).to(device)
 
 
@@ -362,12 +290,12 @@ def _score(model: SLM, documents: Sequence[Tokens], sizes: Sequence[int], window
         rows = pieces[at : at + batch]
         longest = len(rows[0][1]) - 1
         inputs = np.full((len(rows), longest), end_of_text, dtype=np.int64)
-        targets = np.full((len(rows), longest), _IGNORED, dtype=np.int64)
+        targets = np.full((len(rows), longest), IGNORED, dtype=np.int64)
         for row, (_, ids) in enumerate(rows):
             inputs[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
         logits_BSV = model(torch.from_numpy(inputs).to(device))
         losses = F.cross_entropy(
-            logits_BSV.flatten(0, 1), torch.from_numpy(targets).to(device).flatten(), ignore_index=_IGNORED, reduction="none"
+            logits_BSV.flatten(0, 1), torch.from_numpy(targets).to(device).flatten(), ignore_index=IGNORED, reduction="none"
         )
         per_row = losses.view(len(rows), longest).double().sum(dim=1).cpu().numpy()
         np.add.at(nats, [i for i, _ in rows], per_row)

@@ -15,6 +15,7 @@ from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 
 _FACTS = "edgewise"
+_WITHIN = "model."
 _OTHER = "it is not from the same model as its config.json"
 
 
@@ -56,12 +57,14 @@ def load_weights(path: Path, config: SLMConfig, remedy: str = "export the model 
     model = SLM(config)
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
+            # transformers saves a model that it trained further under the name of the part that it is of.
+            prefix = _WITHIN if all(name.startswith(_WITHIN) for name in file.keys()) else ""  # noqa: SIM118  (no mapping)
+            names = {name.removeprefix(prefix) for name in file.keys()}  # noqa: SIM118
             wanted = dict(model.named_parameters())
             for name, parameter in wanted.items():
                 if name not in names:
                     raise InvalidRun(f"{path} lacks the tensor {name!r} of this architecture; {_OTHER}; {remedy}")
-                shape = tuple(file.get_slice(name).get_shape())
+                shape = tuple(file.get_slice(prefix + name).get_shape())
                 if shape != tuple(parameter.shape):
                     raise InvalidRun(f"{path}: tensor {name!r} has shape {list(shape)}, not {list(parameter.shape)}; {_OTHER}; {remedy}")
             extra = sorted(names - wanted.keys())
@@ -69,7 +72,7 @@ def load_weights(path: Path, config: SLMConfig, remedy: str = "export the model 
                 raise InvalidRun(f"{path} has the tensor {extra[0]!r}, which this architecture lacks; {_OTHER}; {remedy}")
             with torch.no_grad():
                 for name, parameter in wanted.items():
-                    parameter.copy_(file.get_tensor(name))
+                    parameter.copy_(file.get_tensor(prefix + name))
     except (OSError, SafetensorError) as error:
         reason = "there is no such file" if not path.exists() else str(error).splitlines()[0]
         raise InvalidRun(f"{path} cannot be read ({reason}); {remedy}") from error

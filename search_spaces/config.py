@@ -28,6 +28,8 @@ PerLayer = int | tuple[int, ...]
 
 MODEL_TYPE = "edgewise"
 """The `model_type` that marks a config.json as ours."""
+ARCHITECTURE = "architecture"
+"""Where such a file has our fields when transformers reads it too; else they are its own fields."""
 
 
 _MOST_LAYERS = 10_000
@@ -94,8 +96,10 @@ class SLMConfig:
 
     norm: NormKind = "rmsnorm"
     norm_eps: float = 1e-5
+    norm_weight: bool = True
+    """Learned weight of the norms of blocks and head; a LayerNorm may have none (OLMo)."""
     norm_bias: bool | None = None
-    """Bias of a LayerNorm; None: as the kind has it (layernorm yes, rmsnorm never)."""
+    """Bias of a LayerNorm; None: as the kind has it (layernorm with a weight yes, rmsnorm never)."""
 
     block: BlockForm = "sequential"
     tie_embeddings: bool = True
@@ -175,7 +179,7 @@ class SLMConfig:
         if self.ffn_dim is None:
             self._set("ffn_dim", 4 * self.d_model if self.ffn == "standard" else -(-8 * self.d_model // 24) * 8)
         if self.norm_bias is None:
-            self._set("norm_bias", self.norm == "layernorm")
+            self._set("norm_bias", self.norm == "layernorm" and self.norm_weight)
 
     # --- rules ----------------------------------------------------------------------------
 
@@ -235,6 +239,14 @@ class SLMConfig:
         _require(ok, f"rotary_dim={self.rotary_dim} must be even, at least 2{most}; choose another, or positions='learned'")
 
     def _check_ffn_and_norm(self) -> None:
+        _require(
+            self.norm_weight or self.norm == "layernorm",
+            "norm_weight=False does not go with norm='rmsnorm'; use 'layernorm' or set it to true",
+        )
+        _require(
+            self.norm_weight or not self.norm_bias,
+            "norm_bias=True does not go with norm_weight=False; set both to true or to false",
+        )
         _require(
             not (self.norm == "rmsnorm" and self.norm_bias),
             "norm_bias=True does not go with norm='rmsnorm'; use 'layernorm' or set it to false",
@@ -325,7 +337,10 @@ class SLMConfig:
             InvalidConfig: on an unknown key, a missing required field, or any rule broken.
         """
         known = {f.name: f for f in dataclasses.fields(cls)}
-        values = {k: v for k, v in values.items() if not (k == "model_type" and v == MODEL_TYPE)}
+        if values.get("model_type") == MODEL_TYPE:
+            nested = values.get(ARCHITECTURE)
+            # Beside a modelling file transformers reads config.json too, and writes fields of its own into it.
+            values = nested if isinstance(nested, Mapping) else {k: v for k, v in values.items() if k != "model_type"}
         other = values.get("model_type")
         _require(
             other is None,
@@ -344,17 +359,7 @@ class SLMConfig:
         Raises:
             InvalidConfig: if it is not readable JSON or breaks a rule.
         """
-        path = path / "config.json" if path.is_dir() else path
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InvalidConfig(f"{path} cannot be read ({error.strerror}); give a config.json or its folder") from error
-        except ValueError as error:
-            raise InvalidConfig(f"{path} is not JSON ({error}); give an architecture config") from error
-        except RecursionError as error:
-            raise InvalidConfig(f"{path} is nested too deeply; give an architecture config") from error
-        _require(isinstance(values, dict), f"{path} holds {type(values).__name__}, not a JSON object; give an architecture config")
-        return cls.from_dict(values)
+        return cls.from_dict(read_fields(path))
 
     def to_json(self) -> str:
         """Canonical text of a config.json that `load` reads."""
@@ -365,6 +370,25 @@ class SLMConfig:
         """A short content hash, the same for equal configs in every process."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file, or of `config.json` in a folder, whatever they mean.
+
+    Raises:
+        InvalidConfig: if it is not a readable JSON object.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidConfig(f"{path} cannot be read ({error.strerror}); give a config.json or its folder") from error
+    except ValueError as error:
+        raise InvalidConfig(f"{path} is not JSON ({error}); give an architecture config") from error
+    except RecursionError as error:
+        raise InvalidConfig(f"{path} is nested too deeply; give an architecture config") from error
+    _require(isinstance(values, dict), f"{path} holds {type(values).__name__}, not a JSON object; give an architecture config")
+    return dict(values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -172,7 +172,7 @@ def _elements(matrices: Iterable[Matrix]) -> int:
 
 
 def _norm_params(c: SLMConfig) -> int:
-    return c.d_model * (2 if c.norm_bias else 1)
+    return c.d_model * (c.norm_weight + bool(c.norm_bias))
 
 
 def _attention_norm_params(c: SLMConfig) -> int:

@@ -51,11 +51,11 @@ def layerwise_scaling(
     for name, ends in (("alpha", alpha), ("beta", beta)):
         if not all(math.isfinite(end) and end > 0 for end in ends):
             raise InvalidConfig(f"{name}={ends} has a multiplier that is not a positive number; give two above 0")
-    heads = tuple(round_to_multiple(d_model * a, head_dim * kv_group) // head_dim for a in _multipliers(alpha, num_layers))
+    heads = tuple(round_to_multiple(d_model * a, head_dim * kv_group) // head_dim for a in multipliers(alpha, num_layers))
     return LayerwiseSizes(
         num_heads=heads,
         num_kv_heads=tuple(h // kv_group for h in heads),
-        ffn_dim=tuple(round_to_multiple(d_model * b, ffn_multiple) for b in _multipliers(beta, num_layers)),
+        ffn_dim=tuple(round_to_multiple(d_model * b, ffn_multiple) for b in multipliers(beta, num_layers)),
     )
 
 
@@ -65,7 +65,8 @@ def round_to_multiple(value: float, multiple: int) -> int:
     return nearest + multiple if nearest < 0.9 * value else nearest
 
 
-def _multipliers(ends: tuple[float, float], num_layers: int) -> list[float]:
+def multipliers(ends: tuple[float, float], num_layers: int) -> list[float]:
+    """One multiplier a layer, in equal steps from the first end to the last, rounded to two decimals."""
     if num_layers == 1:
         return [round(min(ends) * 100) / 100]
     first, last = ends

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from search_spaces import operators  # noqa: F401  (defines torch.ops.edgewise)
 from search_spaces.config import LayerShape, SLMConfig
+from search_spaces.operators import OPERATORS
 
 Rope = tuple[Tensor, Tensor]
 """cos and sin, each (S, R/2); of width 0 when positions are learned."""
@@ -55,14 +55,14 @@ class Norm(nn.Module):
 
     def __init__(self, config: SLMConfig, width: int) -> None:
         super().__init__()
-        self.kind, self.eps = config.norm, config.norm_eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.kind, self.eps, self.shape = config.norm, config.norm_eps, (width,)
+        self.weight = nn.Parameter(torch.ones(width)) if config.norm_weight else None
         self.bias = nn.Parameter(torch.zeros(width)) if config.norm_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "rmsnorm":
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            return F.rms_norm(x, self.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
 class HeadNorm(nn.Module):
@@ -188,7 +188,7 @@ class Attention(nn.Module):
         """One normalised input against C cached rows."""
         k_BCKd, v_BCKd = cache
         q_B1Hd, k_B1Kd, v_B1Kd = self._project(x_B1D, rope)
-        o_B1Hd = torch.ops.edgewise.cached_attention(q_B1Hd, k_BCKd, v_BCKd, k_B1Kd, v_B1Kd, 1 / math.sqrt(self.d))
+        o_B1Hd = OPERATORS.cached_attention(q_B1Hd, k_BCKd, v_BCKd, k_B1Kd, v_B1Kd, 1 / math.sqrt(self.d))
         return self._finish(o_B1Hd.reshape(x_B1D.shape[0], 1, self.H * self.d), x_B1D), (k_B1Kd, v_B1Kd)
 
 
@@ -248,7 +248,7 @@ class LatentAttention(nn.Module):
         q_BHL = torch.matmul(q_B1Hd.view(B, self.H, 1, self.d), self.k_up).view(B, self.H, self.L)
         q_BHR = q_rope_B1HR.view(B, self.H, self.R)
         scale = 1 / math.sqrt(self.d + self.R)
-        u_BHL = torch.ops.edgewise.latent_attention(q_BHL, q_BHR, c_BCL, k_rope_BCR, c_B1L, k_rope_B1R, scale)
+        u_BHL = OPERATORS.latent_attention(q_BHL, q_BHR, c_BCL, k_rope_BCR, c_B1L, k_rope_B1R, scale)
         o_BH1v = torch.matmul(u_BHL.view(B, self.H, 1, self.L), self.v_up.transpose(1, 2))
         return self._finish(o_BH1v.reshape(B, 1, self.H * self.v), x_B1D), (c_B1L, k_rope_B1R)
 
@@ -357,10 +357,14 @@ class SLM(nn.Module):
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Logits (B, S, V) of tokens (B, S), S at most `config.context`."""
+        return self.head(self.body(tokens_BS))
+
+    def body(self, tokens_BS: Tensor) -> Tensor:
+        """What the head makes logits of, (B, S, D): training makes those of some tokens at a time."""
         x_BSD, cos, sin = self.embed(tokens_BS, torch.arange(tokens_BS.shape[1], device=tokens_BS.device))
         for block in self.blocks():
             x_BSD, _ = block.prefill(x_BSD, (cos, sin))
-        return self.head(x_BSD)
+        return x_BSD
 
     def prefill(self, tokens_BS: Tensor) -> tuple[Tensor, list[Cache]]:
         """Logits of the last position (B, 1, V), and each effective layer's S cached rows."""

@@ -7,6 +7,8 @@ kernel; `run_decompositions()` turns it into plain PyTorch operators for everyon
 import torch
 from torch import Tensor
 
+OPERATORS = torch.ops.edgewise
+"""Where the operators are called from."""
 _LIBRARY = torch.library.Library("edgewise", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
@@ -39,6 +41,8 @@ def _split_softmax(old: Tensor, new: Tensor, scale: float) -> tuple[Tensor, Tens
 
 def _define(schema: str, function: object) -> None:
     name = schema.partition("(")[0]
+    if hasattr(OPERATORS, name):  # exported models carry this file with them: several copies may meet in one process
+        return
     _LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     _LIBRARY.impl(name, function, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 

@@ -2,8 +2,8 @@
 
 A reference is here only if `SLMConfig` is the whole of its architecture, up to how weights are stored (Gemma keeps
 norm weights less one). Left out for that reason: OPT-350M (post-norm, projected embeddings), Gemma-2 (four norms,
-soft caps, windows), GPT-Neo (windows, unscaled scores), MiniCPM (scaled residuals and logits), OLMo-1B (norms without
-weights), StableLM. Numbers are of the published config files; counts are of unique elements, tied weights once.
+soft caps, windows), GPT-Neo (windows, unscaled scores), MiniCPM (scaled residuals and logits), StableLM. The config.json
+of most of these can be read all the same, with weights that are folded (`nas.huggingface`). Numbers are of the published config files; counts are of unique elements, tied weights once.
 """
 
 import difflib
@@ -223,6 +223,22 @@ _TABLE: dict[str, _Row] = {
         2_506_172_416,
         _TRANSFORMERS,
         "Checkpoints store norm weights less one: add 1 on import.",
+    ),
+    "olmo-1b": _Row(
+        {
+            **_LLAMA,
+            "vocab_size": 50304,
+            "d_model": 2048,
+            "num_layers": 16,
+            "num_heads": 16,
+            "ffn_dim": 8192,
+            "context": 2048,
+            "norm": "layernorm",
+            "norm_weight": False,
+            "norm_eps": 1e-5,
+        },
+        1_176_764_416,
+        _TRANSFORMERS,
     ),
     "llama-7b": _Row(
         {

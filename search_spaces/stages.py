@@ -24,7 +24,9 @@ from search_spaces.model import SLM, Block, Embed, Head
 from search_spaces.precision import Precision
 from search_spaces.quantisation import QuantisedStage, quantised_names, quantised_tensors
 
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "padded", "decode"]
+"""`padded` is a prefill whose last rows may be padding. Attention is causal, so no row sees what follows it, and only the
+head differs: it is told which row is the last."""
 Kind = Literal["embed", "block", "head"]
 
 
@@ -34,7 +36,7 @@ class StageSpec:
 
     Attributes:
         kind: embed, block or head.
-        phase: prefill (`tokens` rows, no cache) or decode (one row against a cache of any length).
+        phase: prefill (`tokens` rows, no cache), decode (one row against a cache of any length), or for a head padded.
         config: a one-layer config holding what the stage depends on; the rest at fixed values.
         tokens: rows of a prefill; 1 for decode.
         precision: of the matrices.
@@ -90,11 +92,11 @@ def stage_uses(config: SLMConfig, phase: Phase, tokens: int, precision: Precisio
     """The stages of one phase in the order they run.
 
     Args:
-        tokens: rows of a prefill; ignored (1) for decode.
+        tokens: rows of a prefill, padding included; ignored (1) for decode.
         precision: of the matrices.
     """
     tokens = 1 if phase == "decode" else tokens
-    spec = functools.partial(StageSpec, phase=phase, tokens=tokens, precision=precision)
+    spec = functools.partial(StageSpec, phase="prefill" if phase == "padded" else phase, tokens=tokens, precision=precision)
     embed_config, head_config = _embed_config(config), _head_config(config)
     with torch.device("meta"):
         embed, head = Embed(embed_config), Head(head_config, None)
@@ -114,7 +116,7 @@ def stage_uses(config: SLMConfig, phase: Phase, tokens: int, precision: Precisio
 
         yield StageUse(spec=spec(kind="block", config=block_config), layer=i, weights=_tensors(blocks[block_config], precision, in_model))
     weights = _tensors(head, precision, lambda name: tied if name == "weight" else f"head.{name}")
-    yield StageUse(spec=spec(kind="head", config=head_config), layer=None, weights=weights)
+    yield StageUse(spec=spec(kind="head", phase=phase, config=head_config), layer=None, weights=weights)
 
 
 def _tensors(module: nn.Module, precision: Precision, in_model: Callable[[str], str]) -> dict[str, str]:
@@ -170,6 +172,7 @@ def _head_config(config: SLMConfig) -> SLMConfig:
     values = _plain(config) | {
         "norm": config.norm,
         "norm_eps": config.norm_eps,
+        "norm_weight": config.norm_weight,
         "norm_bias": config.norm_bias,
         "head_bias": config.head_bias,
     }
@@ -218,6 +221,17 @@ class _HeadStage(nn.Module):
         return (self.stage(x_1SD[:, -1:]),)
 
 
+class _PaddedHeadStage(nn.Module):
+    """x_1SD, last_1 -> logits_11V of the row `last_1` only."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.stage = head
+
+    def forward(self, x_1SD: Tensor, last_1: Tensor) -> tuple[Tensor]:
+        return (self.stage(x_1SD.view(x_1SD.shape[1:])[last_1][None]),)
+
+
 def _export(spec: StageSpec) -> ExportedProgram:
     config, S = spec.config, spec.tokens
     rotary = config.positions == "rotary"
@@ -228,8 +242,10 @@ def _export(spec: StageSpec) -> ExportedProgram:
         args = (torch.zeros(1, S, dtype=torch.int64), torch.arange(S))
         dynamic = (None, None)
     elif spec.kind == "head":
-        module = _HeadStage(Head(config, None))
-        args, dynamic = (torch.zeros(1, S, config.d_model),), (None,)
+        padded = spec.phase == "padded"
+        module = (_PaddedHeadStage if padded else _HeadStage)(Head(config, None))
+        args = (torch.zeros(1, S, config.d_model), *([torch.zeros(1, dtype=torch.int64)] if padded else []))
+        dynamic = (None,) * len(args)
     else:
         module = _BlockStage(SLM(config).block(0), rotary, spec.phase)
         half = (config.rotary_dim or 0) // 2

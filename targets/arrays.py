@@ -13,20 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 _LENGTH_BYTES = 8
-_HEADER_BYTES = 1 << 22
+HEADER_BYTES = 1 << 22
 """Room for the header, which is written last: some thirty thousand arrays."""
 _DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int8": "I8"}
 _NAMES = {code: name for name, code in _DTYPES.items()}
 
 
-def write_arrays(path: Path, arrays: Iterable[tuple[str, NDArray[Any]]]) -> None:
-    """Writes (name, array) pairs as they come.
+def write_arrays(path: Path, arrays: Iterable[tuple[str, NDArray[Any]]], header_bytes: int = HEADER_BYTES) -> None:
+    """Writes (name, array) pairs as they come, behind a header of `header_bytes`.
 
     Raises:
         KeyError: for a dtype that no target knows.
     """
     header: dict[str, Any] = {}
-    first = _LENGTH_BYTES + _HEADER_BYTES
+    first = _LENGTH_BYTES + header_bytes
     with path.open("wb") as file:
         file.seek(first)
         for name, array in arrays:
@@ -36,9 +36,9 @@ def write_arrays(path: Path, arrays: Iterable[tuple[str, NDArray[Any]]]) -> None
             header[name] = {"dtype": _DTYPES[str(array.dtype)], "shape": array.shape, "data_offsets": [begin, file.tell() - first]}
             del array  # the next one is made with this one gone
         text = json.dumps(header).encode()
-        assert len(text) <= _HEADER_BYTES, "more arrays than the header has room for"
+        assert len(text) <= header_bytes, "more arrays than the header has room for"
         file.seek(0)
-        file.write(_HEADER_BYTES.to_bytes(_LENGTH_BYTES, "little") + text.ljust(_HEADER_BYTES))
+        file.write(header_bytes.to_bytes(_LENGTH_BYTES, "little") + text.ljust(header_bytes))
 
 
 class ArrayFile:

@@ -71,12 +71,18 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Function:
-    """An entry point: a chain of calls from `inputs` to `outputs`, all by name."""
+    """An entry point: a chain of calls from `inputs` to `outputs`, all by name.
+
+    Attributes:
+        last: the input, one int64, that gives the index of the last row that counts where the rows after it are padding;
+            "" where every row counts.
+    """
 
     name: str
     inputs: dict[str, TensorSpec]
     calls: tuple[Call, ...]
     outputs: tuple[str, ...]
+    last: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +94,8 @@ class Program:
         stages: every stage the functions call, by key.
         weights: shape and dtype of each weight.
         state: rows kept between calls. A function that takes an input of that name reads the rows so far
-            (axis 1 is the row axis); one that returns `NAME.rows` appends those rows after the call.
+            (axis 1 is the row axis); one that returns `NAME.rows` appends those rows that count after the call. A
+            function that takes no state begins it anew: its rows are the first.
         bounds: the largest value of each varying size.
     """
 

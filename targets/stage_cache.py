@@ -11,12 +11,13 @@ from typing import Any
 from targets.compile_cache import STAGE, CompileCache, sources
 from targets.compiled_stage import CompiledStage
 from targets.cpu import Cpu
+from targets.gpu import Gpu
 from targets.kernels import KernelCache
 from targets.program import Stage
 
 
 class StageCache:
-    """Stages compiled for one target and processor.
+    """Stages compiled for one target and processor, which may be a GPU.
 
     A stage's identity is its key, the processor as schedules see it, the version of PyTorch, and the source code of what
     exports and lowers it: a change of the model or of a schedule makes every stage new. The target and the compiler's
@@ -27,8 +28,8 @@ class StageCache:
         kernels: the kernels they call; a stage that misses one of them counts as not there.
     """
 
-    def __init__(self, files: CompileCache, kernels: KernelCache, cpu: Cpu) -> None:
-        self._files, self._kernels, self._cpu = files, kernels, cpu
+    def __init__(self, files: CompileCache, kernels: KernelCache, processor: Cpu | Gpu) -> None:
+        self._files, self._kernels, self._processor = files, kernels, processor
 
     def find(self, stage: Stage) -> CompiledStage | None:
         """The stage, if it was compiled before and all its kernels are there."""
@@ -47,7 +48,7 @@ class StageCache:
         self._files.add(self._name(stage), lambda path: _write(path, text))
 
     def _name(self, stage: Stage) -> str:
-        identity = [stage.key, repr(self._cpu), _version("torch"), sources(__name__), sources(_module(stage.export))]
+        identity = [stage.key, repr(self._processor), _version("torch"), sources(__name__), sources(_module(stage.export))]
         return f"{stage.key}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}{STAGE}"
 
 

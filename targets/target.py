@@ -1,4 +1,4 @@
-"""`Target`: the two things a device must do, and the table of those we have.
+"""`Target`: the two things a device must do, and how one is made from what is known of the device.
 
 `compile` is host-bound and cached; `measure` owns the device, so only one runs at a time.
 """
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Protocol
 
 from targets.measurement import Measurement, Timing
+from targets.plugins import plugins
 from targets.program import Program, Sample
-from targets.spec import DeviceSpec, InvalidDevice, device_names, load_spec
+from targets.spec import DeviceSpec, InvalidDevice, load_spec
 
-__all__ = ["Target", "TargetError", "device_names", "load_target"]
+KINDS = ("local", "rpc", "tracker", "null")
+"""How devices are reached that need no plug-in."""
 
 
 class TargetError(RuntimeError):
@@ -53,12 +55,28 @@ class Target(Protocol):
 
 
 def load_target(name: str, cache_dir: Path | None = None) -> Target:
-    """The target of that name, ready to use; `cache_dir` keeps what is compiled and detected.
+    """The target of that name, or the one that a TOML file describes; `cache_dir` keeps what is compiled and detected.
 
     Raises:
-        InvalidDevice: if there is no such target.
+        InvalidDevice: if there is no such target, its file is malformed, or it does not say how the device is reached.
+        TargetError: if its plug-in fails.
     """
-    spec = load_spec(name)
+    return make_target(load_spec(name), cache_dir)
+
+
+def make_target(spec: DeviceSpec, cache_dir: Path | None = None) -> Target:
+    """The target that a device is, ready to use.
+
+    Raises:
+        InvalidDevice: if the spec does not fit its kind, or nothing makes that kind.
+        TargetError: if its plug-in fails.
+    """
+    if spec.kind not in KINDS:
+        return _from_plugin(spec, cache_dir)
+    if spec.options:
+        raise InvalidDevice(
+            f"target {spec.name!r}: options={dict(spec.options)!r} are for plug-ins, and kind={spec.kind!r}; leave them out"
+        )
     if spec.kind == "null":
         from targets.null import NullTarget
 
@@ -66,5 +84,39 @@ def load_target(name: str, cache_dir: Path | None = None) -> Target:
     if spec.kind == "local":
         from targets.local import LocalTarget
 
+        if spec.linker == "none":
+            raise InvalidDevice(f"target {spec.name!r}: linker='none' is for devices that link themselves; leave it out")
         return LocalTarget(spec, cache_dir)
-    raise InvalidDevice(f"target {name!r}: kind={spec.kind!r} is not one of local, null; correct its file")
+    if not spec.host:
+        how = "--tracker HOST:PORT --key KEY" if spec.kind == "tracker" else "--host HOST"
+        raise InvalidDevice(f"target {spec.name!r} has no host; say where yours is: `edgewise targets add NAME --like {spec.name} {how}`")
+    from targets.rpc import RpcTarget
+
+    return RpcTarget(spec, cache_dir)
+
+
+def _from_plugin(spec: DeviceSpec, cache_dir: Path | None) -> Target:
+    """The target that an installed package makes.
+
+    Raises:
+        InvalidDevice: if no package makes that kind of device, or several do.
+        TargetError: if it cannot be imported, or fails.
+    """
+    found = plugins()
+    mine = [plugin for plugin in found if plugin.kind == spec.kind]
+    if not mine:
+        known = ", ".join((*KINDS, *sorted({plugin.kind for plugin in found})))
+        raise InvalidDevice(
+            f"target {spec.name!r}: kind={spec.kind!r} is not one of {known}; correct it, or install the package that makes such devices"
+        )
+    if len(mine) > 1:
+        packages = " and ".join(plugin.package or plugin.value for plugin in mine)
+        raise InvalidDevice(f"target {spec.name!r}: kind={spec.kind!r} is claimed by {packages}; uninstall one of them")
+    try:
+        target: Target = mine[0].load()(spec, cache_dir)
+        return target
+    except (InvalidDevice, TargetError):
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise TargetError(f"target {spec.name!r}: the plug-in {mine[0].value} of {mine[0].package} does not start ({why})") from error

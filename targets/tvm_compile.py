@@ -21,15 +21,19 @@ from targets.compile_cache import CompileCache
 from targets.compiled_stage import CompiledStage, TensorForm, emit_stage, stage_steps, tensor_type
 from targets.cpu import Cpu
 from targets.forked import in_parallel
+from targets.gpu import Gpu
 from targets.job import MANIFEST
 from targets.kernels import KernelCache
 from targets.layout import StoredArray
 from targets.link import link_shared
-from targets.program import Function, Program, Stage, TensorSpec
+from targets.program import ROWS, Function, Program, Stage, TensorSpec
+from targets.schedules.gpu import schedule_for_gpu
 from targets.schedules.legalize import legalization
 from targets.schedules.rules import schedule_module
 from targets.stage_cache import StageCache
 from targets.toolchain import Toolchain
+from targets.tvm_device_code import DeviceExecutable, cuda_compiler
+from targets.tvm_features import processor_flags
 from targets.tvm_import import import_stage
 from targets.tvm_operators import call_operators, weight_uses
 
@@ -59,18 +63,20 @@ def compile_program(program: Program, tools: Toolchain, cache_dir: Path, out_dir
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     about = {"format": _FORMAT, "tvm": tvm.__version__, "tvm_ffi": tvm_ffi.__version__, "target": tools.target}
+    about |= {"cuda_compiler": cuda_compiler()} if tools.gpu else {}
     files = CompileCache(cache_dir, about)
     kernels = KernelCache(files, tools.target)
     target = tvm.target.Target(tools.target)
-    cache = StageCache(files, kernels, tools.cpu)
+    cache = StageCache(files, kernels, tools.processor)
     with target:
-        stages = compiled_stages(program, tools.cpu, kernels, cache)
+        stages = compiled_stages(program, tools.processor, kernels, cache)
         module, weights = link_program(program, stages)
         module, workspace = _plan(module)
         executable = tvm.compile(module, target, relax_pipeline=_bytecode())
         library = _linked(executable, program, stages, tools, kernels, cache, out_dir)
     manifest = {
         "library": library.name,
+        "device": tools.gpu.kind if tools.gpu else "cpu",
         "functions": {name: _function_manifest(f, program) for name, f in program.functions.items()},
         "weights": [weight.to_json() for weight in weights],
         "state": {name: [list(spec.shape), spec.dtype] for name, spec in program.state.items()},
@@ -81,6 +87,7 @@ def compile_program(program: Program, tools: Toolchain, cache_dir: Path, out_dir
             for name, function in program.functions.items()
         },
         "target": tools.target,
+        "flags": processor_flags(tools.target),
         "tvm": tvm.__version__,
     }
     (out_dir / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
@@ -100,12 +107,14 @@ def _linked(
     symbols = dict.fromkeys(symbol for stage in stages.values() for symbol in stage.symbols)
     for _ in range(_LINK_ATTEMPTS):
         objects = [kernels.find(symbol) for symbol in symbols]
-        if None in objects:  # somebody has emptied the cache
-            compiled_stages(program, tools.cpu, kernels, cache)
+        codes = [kernels.device_code(symbol) for symbol in symbols] if tools.gpu else []
+        if None in objects or None in codes:  # somebody has emptied the cache
+            compiled_stages(program, tools.processor, kernels, cache)
             continue
-        made = out_dir / "program.so"
-        link_shared(executable, made, [path for path in objects if path is not None], tools.triple)
-        return made.rename(out_dir / f"program-{hashlib.sha256(made.read_bytes()).hexdigest()[:16]}.so")
+        kept = [path for path in objects if path is not None]
+        exported = DeviceExecutable(executable=executable, codes=[code for code in codes if code is not None]) if tools.gpu else executable
+        made = link_shared(exported, out_dir / "program.so", kept, tools.triple, tools.linker)
+        return made.rename(out_dir / f"program-{hashlib.sha256(made.read_bytes()).hexdigest()[:16]}{made.suffix}")
     raise RuntimeError("kernels went from the cache while a program was linked from them, several times; compile again")
 
 
@@ -114,15 +123,17 @@ def _function_manifest(function: Function, program: Program) -> dict[str, Any]:
         "inputs": [name for name in function.inputs if name not in program.state],
         "state": [name for name in function.inputs if name in program.state],
         "outputs": list(function.outputs),
+        "rows": {name: name.removesuffix(ROWS) for name in function.outputs if name.endswith(ROWS)},
+        "last": function.last,
     }
 
 
-def lower_stage(stage: Stage, cpu: Cpu) -> LoweredStage:
-    """Exports, imports, legalises, fuses and schedules one stage."""
-    imported = import_stage(stage.export(), cpu)
+def lower_stage(stage: Stage, processor: Cpu | Gpu) -> LoweredStage:
+    """Exports, imports, legalises, fuses and schedules one stage; the target in force is the processor's."""
+    imported = import_stage(stage.export(), processor)
     module = tvm.transform.Sequential(
         [
-            transform.LegalizeOps(legalization()),
+            transform.LegalizeOps(None if isinstance(processor, Gpu) else legalization()),
             transform.AnnotateTIROpPattern(),
             transform.FoldConstant(),
             transform.FuseOps(),
@@ -131,24 +142,25 @@ def lower_stage(stage: Stage, cpu: Cpu) -> LoweredStage:
             transform.DeadCodeElimination(),
         ]
     )(imported.module)
-    return LoweredStage(module=schedule_module(module, cpu), weights=imported.weights)
+    module = schedule_for_gpu(module, processor) if isinstance(processor, Gpu) else schedule_module(module, processor)
+    return LoweredStage(module=module, weights=imported.weights)
 
 
-def compiled_stages(program: Program, cpu: Cpu, kernels: KernelCache, cache: StageCache) -> dict[str, CompiledStage]:
+def compiled_stages(program: Program, processor: Cpu | Gpu, kernels: KernelCache, cache: StageCache) -> dict[str, CompiledStage]:
     """Every stage of the program, the new ones compiled now on all processors; their kernels are in the cache, too."""
     found = {key: cache.find(stage) for key, stage in program.stages.items()}
     missing = [program.stages[key] for key, stage in found.items() if stage is None]
     if len(missing) > 1:
-        in_parallel(lambda stage: compile_stage(stage, cpu, kernels, cache), missing)
+        in_parallel(lambda stage: compile_stage(stage, processor, kernels, cache), missing)
     return {
-        key: stage or cache.find(program.stages[key]) or compile_stage(program.stages[key], cpu, kernels, cache)
+        key: stage or cache.find(program.stages[key]) or compile_stage(program.stages[key], processor, kernels, cache)
         for key, stage in found.items()
     }
 
 
-def compile_stage(stage: Stage, cpu: Cpu, kernels: KernelCache, cache: StageCache) -> CompiledStage:
+def compile_stage(stage: Stage, processor: Cpu | Gpu, kernels: KernelCache, cache: StageCache) -> CompiledStage:
     """Compiles a stage and its kernels, and keeps them."""
-    lowered = lower_stage(stage, cpu)
+    lowered = lower_stage(stage, processor)
     functions = {var: f for var, f in lowered.module.functions.items() if isinstance(f, tirx.PrimFunc)}
     for function in functions.values():
         kernels.object_file(function)

@@ -1,12 +1,11 @@
 """`torch.export.ExportedProgram` -> Relax, without PyTorch's decompositions (milliseconds instead of a second).
 
-Matrix products become TE kernels here, because only here is it visible which operand is a weight (it is then
-packed ahead of time, and the packing is recorded as a `Layout`) and which is a transposed view (it is then read
-in place, never copied). Every other operator goes through TVM's own importer and legalisation.
+Matrix products and attention become kernels here (`CpuKernels` or `GpuKernels`), because only here is it visible which
+operand is a weight (it is then packed ahead of time, and the packing is recorded as a `Layout`) and which is a transposed
+view (it is then read in place, never copied). Every other operator goes through TVM's own importer and legalisation.
 """
 
 import dataclasses
-import functools
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -21,11 +20,11 @@ from tvm import relax, sym, te
 from tvm.relax.frontend.torch import from_exported_program
 
 from targets.cpu import Cpu
+from targets.gpu import Gpu
 from targets.layout import Layout, StoredArray
-from targets.schedules.attention import causal_attention
-from targets.schedules.decode_attention import cached_attention, latent_attention
-from targets.schedules.dot import can_dot, dot_product
-from targets.schedules.weights import WeightSpec, cropped, packed_gather, packed_product
+from targets.schedules.cpu_kernels import CpuKernels
+from targets.schedules.gpu_kernels import GpuKernels
+from targets.schedules.weights import WeightSpec
 
 _VIEWS = ("view.default", "reshape.default", "transpose.int", "permute.default", "t.default")
 
@@ -43,8 +42,8 @@ class ImportedStage:
     weights: tuple[StoredArray, ...]
 
 
-def import_stage(program: ExportedProgram, cpu: Cpu) -> ImportedStage:
-    """Imports a stage for a processor.
+def import_stage(program: ExportedProgram, processor: Cpu | Gpu) -> ImportedStage:
+    """Imports a stage for a processor or a GPU.
 
     Raises:
         Exception: whatever TVM's importer raises on an operator it does not know.
@@ -57,7 +56,7 @@ def import_stage(program: ExportedProgram, cpu: Cpu) -> ImportedStage:
         for spec in program.graph_signature.input_specs
         if spec.kind is InputKind.PARAMETER
     }
-    converter = _Converter(names, cpu)
+    converter = _Converter(names, processor)
     converter.join(program.graph)
     module = from_exported_program(
         program,
@@ -109,8 +108,9 @@ class _Weight:
 class _Converter:
     """Converters for the operators that are ours, with the packed weights they ask for."""
 
-    def __init__(self, names: dict[str, str], cpu: Cpu) -> None:
-        self.names, self.cpu = names, cpu
+    def __init__(self, names: dict[str, str], processor: Cpu | Gpu) -> None:
+        self.names, self.processor = names, processor
+        self.kernels = GpuKernels() if isinstance(processor, Gpu) else CpuKernels(processor)
         self.packed: dict[StoredArray, Any] = {}
         """What kernels take of the weights, as arguments."""
         self.joined: dict[fx.Node, tuple[fx.Node, ...]] = {}
@@ -166,10 +166,10 @@ class _Converter:
         spec = WeightSpec(
             rows=rows,
             columns=columns,
-            tile=self.cpu.tile_columns,
+            tile=self.processor.tile_columns,
             bits=weight.bits,
             groups=weight.groups,
-            halves=self.cpu.halves,
+            halves=self.processor.halves,
         )
         others = [(self._weight(other), other.meta["val"].shape[0]) for other in self.joined.get(node, (node,))]
         tiles = [-(-size // spec.tile) for _, size in others]
@@ -217,21 +217,12 @@ class _Converter:
             together = (x, *self.joined[weight])
             if together not in self.products:
                 every = dataclasses.replace(spec, rows=spec.all_tiles * spec.tile, first_tile=0, all_tiles=0)
-                self.products[together] = self._product(importer, every, x, packed)
+                self.products[together] = self.kernels.product(importer.block_builder, every, importer.env[x], packed)
             begin = spec.first_tile * spec.tile
             out = importer.block_builder.emit_te(_slice, self.products[together], 2, begin, spec.rows, primfunc_name_hint="slice")
         else:
-            out = self._product(importer, spec, x, packed)
+            out = self.kernels.product(importer.block_builder, spec, importer.env[x], packed)
         return out if bias is None else importer.block_builder.emit(relax.op.add(out, importer.env[bias]))
-
-    def _product(self, importer: Any, spec: WeightSpec, x: fx.Node, packed: list[Any]) -> Any:
-        builder = importer.block_builder
-        if not can_dot(spec, self.cpu, tuple(x.meta["val"].shape)):
-            return builder.emit_te(functools.partial(packed_product, spec), importer.env[x], *packed, primfunc_name_hint="packed_product")
-        out = _call(importer, "dot_product", dot_product(spec, self.cpu), [importer.env[x], *packed], (1, 1, spec.tiles * spec.tile))
-        if spec.tiles * spec.tile == spec.rows:
-            return out
-        return builder.emit_te(cropped, out, spec.rows, primfunc_name_hint="cropped")
 
     def matmul(self, node: fx.Node, importer: Any) -> Any:
         a, b = _args(node)
@@ -248,33 +239,27 @@ class _Converter:
 
     def layer_norm(self, node: fx.Node, importer: Any) -> Any:
         x, shape, weight, bias, eps = _args(node)[:5]
-        scale = importer.env[weight]
+        scale = relax.const(np.ones(shape, np.float32)) if weight is None else importer.env[weight]
         shift = relax.const(np.zeros(shape, np.float32)) if bias is None else importer.env[bias]
         return importer.block_builder.emit(relax.op.nn.layer_norm(importer.env[x], scale, shift, axes=[-1], epsilon=eps))
 
     def attention(self, node: fx.Node, importer: Any) -> Any:
         """Causal attention over (1, heads, S, d) views of (1, S, heads, d) tensors."""
         assert node.kwargs.get("is_causal") or (len(_args(node)) > 5 and _args(node)[5]), "only causal attention is known"
-        nodes = [_heads_last(arg) for arg in _args(node)[:3]]
-        q, k, v = (importer.env[source] for source in nodes)
-        _, S, H, d = nodes[0].meta["val"].shape
-        K, dv = nodes[2].meta["val"].shape[2:]
-        out = _call(importer, "causal_attention", causal_attention(S, H, K, d, dv, self.cpu), [q, k, v], (1, S, H, dv))
+        q, k, v = (importer.env[_heads_last(arg)] for arg in _args(node)[:3])
+        out = self.kernels.causal_attention(importer.block_builder, q, k, v)
         node.meta["heads_last"] = out
         return importer.block_builder.emit(relax.op.permute_dims(out, [0, 2, 1, 3]))
 
     def cached_attention(self, node: fx.Node, importer: Any) -> Any:
         *nodes, scale = _args(node)
-        _, _, H, d = nodes[0].meta["val"].shape
-        K, dv = nodes[4].meta["val"].shape[2:]
-        kernel = cached_attention(H, K, d, dv, scale, self.cpu)
-        return _call(importer, "cached_attention", kernel, [importer.env[arg] for arg in nodes], (1, 1, H, dv))
+        q, k, v, k_new, v_new = (importer.env[arg] for arg in nodes)
+        return self.kernels.cached_attention(importer.block_builder, q, k, v, k_new, v_new, scale)
 
     def latent_attention(self, node: fx.Node, importer: Any) -> Any:
         *nodes, scale = _args(node)
-        (_, H, L), (_, _, R) = (arg.meta["val"].shape for arg in nodes[:2])
-        kernel = latent_attention(H, L, R, scale, self.cpu)
-        return _call(importer, "latent_attention", kernel, [importer.env[arg] for arg in nodes], (1, H, L))
+        q, q_rope, latent, k_rope, latent_new, k_rope_new = (importer.env[arg] for arg in nodes)
+        return self.kernels.latent_attention(importer.block_builder, q, q_rope, latent, k_rope, latent_new, k_rope_new, scale)
 
     def transpose(self, node: fx.Node, importer: Any) -> Any:
         source = _args(node)[0]
@@ -298,19 +283,11 @@ class _Converter:
         """Rows of the packed table: the same array that a tied output layer multiplies with."""
         table, rows = _args(node)[:2]
         spec, packed = self._pack(table)
-        return importer.block_builder.emit_te(
-            functools.partial(packed_gather, spec), importer.env[rows], *packed, primfunc_name_hint="gather"
-        )
+        return self.kernels.gather(importer.block_builder, spec, importer.env[rows], packed)
 
     def gather(self, node: fx.Node, importer: Any, rows: fx.Node) -> Any:
         """Rows of a table by index; the caller keeps indices inside it."""
         return importer.block_builder.emit_te(_gather, importer.env[_args(node)[0]], importer.env[rows], primfunc_name_hint="gather")
-
-
-def _call(importer: Any, name: str, kernel: Any, arguments: list[Any], shape: tuple[int, ...]) -> Any:
-    """A call of a kernel that is written as loops."""
-    var = importer.block_builder.add_func(kernel, name)
-    return importer.block_builder.emit(relax.call_tir(var, arguments, relax.TensorType(shape, "float32")))
 
 
 def _args(node: fx.Node) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tvm
-from tvm import s_tir, te
+from tvm import s_tir, te, tirx
 
 from targets.cpu import Cpu
 from targets.job import PRODUCT_SIZE, READ_VALUES, ROW_VARIANT_SHAPE, VARIANT_SHAPE, row_variant_name, variant_name
@@ -37,30 +37,29 @@ def detect() -> dict[str, Any]:
 
 
 def compile_probe(tools: Toolchain, path: Path) -> Path:
-    """Compiles both kernels, and the clock that profiles are taken with, into a shared library at `path`."""
-    kernels = {"product": _product(tools.cpu, PRODUCT_SIZE, PRODUCT_SIZE, PRODUCT_SIZE), "read": _read(tools.cpu)}
+    """Compiles both kernels, `ones` and the clock that profiles are taken with, into a shared library at `path`."""
+    product = _product(tools.cpu, PRODUCT_SIZE, PRODUCT_SIZE, PRODUCT_SIZE)
+    kernels = {"product": product, "read": _read(tools.cpu), "ones": _ones()}
     with tempfile.TemporaryDirectory() as folder:
         clock = [] if tools.triple else [compile_clock(Path(folder))]  # only this machine is profiled
-        link_shared(_library(kernels, tools), path, clock, tools.triple)
-    return path
+        return link_shared(_library(kernels, tools), path, clock, tools.triple, tools.linker)
 
 
 def compile_variants(tools: Toolchain, path: Path) -> Path:
     """Compiles a product for every tuning of `cpu.variants()`, and of a single row for every one of `cpu.row_variants`.
 
-    Kernels are named by `job.variant_name`.
+    Kernels are named by `job.variant_name`; `ones` makes what they read.
     """
     cpu = tools.cpu
     many, single = VARIANT_SHAPE, ROW_VARIANT_SHAPE
-    kernels = {}
+    kernels = {"ones": _ones()}
     for tuning in cpu.variants():
         kernels[variant_name(tuning)] = _product(dataclasses.replace(cpu, tuned=tuning), *many)
         for row_tuning in cpu.row_variants(tuning):
             name = row_variant_name(row_tuning)
             if name not in kernels:
                 kernels[name] = _product(dataclasses.replace(cpu, tuned=row_tuning), *single)
-    link_shared(_library(kernels, tools), path, triple=tools.triple)
-    return path
+    return link_shared(_library(kernels, tools), path, triple=tools.triple, linker=tools.linker)
 
 
 def _product(cpu: Cpu, rows: int, depth: int, columns: int) -> Any:
@@ -71,6 +70,11 @@ def _product(cpu: Cpu, rows: int, depth: int, columns: int) -> Any:
     sch = s_tir.Schedule(te.create_prim_func([x, packed, packed_product(weight, x, packed)]))
     schedule_packed_product(sch, cpu)
     return sch.mod["main"]
+
+
+def _ones() -> Any:
+    """Fills an array of any length: what kernels are timed on may be large, and a device far away."""
+    return te.create_prim_func([te.compute((te.var("n", "int64"),), lambda _: tirx.const(1.0, "float32"), name="ones")])
 
 
 def _library(kernels: Mapping[str, Any], tools: Toolchain) -> Any:

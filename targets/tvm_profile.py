@@ -15,7 +15,7 @@ import numpy as np
 import tvm
 from numpy.typing import NDArray
 
-from targets.link import linker
+from targets.link import link_command
 
 _CLOCK = r"""
 #include <stdint.h>
@@ -67,7 +67,9 @@ def compile_clock(folder: Path) -> Path:
     """
     source, made = folder / "clock.c", folder / "clock.o"
     source.write_text(_CLOCK, encoding="utf-8")
-    done = subprocess.run([*linker(), "-O2", "-fPIC", "-c", str(source), "-o", str(made)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*link_command(), "-O2", "-fPIC", "-c", str(source), "-o", str(made)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"compiling the profiler's clock failed: {' '.join(done.stderr.split())[-300:] or done.returncode}")
     return made

@@ -1,4 +1,4 @@
-"""The run job: load a compiled program, check it against expected outputs, then time it.
+"""The run job: load a compiled program, check it against expected outputs, then time it, on whatever device a session reaches.
 
 Runs in a process that holds nothing but TVM's runtime and NumPy: another library's threads would spin and
 halve what is measured.
@@ -6,25 +6,30 @@ halve what is measured.
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
-import tvm_ffi
 from numpy.typing import NDArray
-from tvm.runtime.vm import VirtualMachine  # not `relax`: the child may hold TVM's small runtime library alone
 
 from targets.arrays import ArrayFile
 from targets.job import MANIFEST, Job
 from targets.layout import StoredArray, packed_shape
+from targets.machine import Machine
 from targets.measurement import NOISY_IQR, SLOW, Timing, interquartile_range
 from targets.memory import held_bytes
-from targets.program import ROWS, Step
+from targets.program import Step
+from targets.quiet import yield_to_measuring
 from targets.tvm_profile import take_profile
+from targets.tvm_session import Session, Timer
 
 _FEWEST_REPEATS = 5
+_PRODUCTS, _READS = 120, 30
+"""How often the kernels that give the ceilings are timed."""
+_CEILING_S = 2.0
+"""A slow device times each of them for as long at most."""
 _REFERENCE = "_reference"
 
 
@@ -32,61 +37,7 @@ class CheckFailed(Exception):
     """A compiled output that differs from the expected one; the message says which and by how much."""
 
 
-class Runner:
-    """A loaded program with its weights and its growing state.
-
-    State lives in one buffer per name, of the program's largest size; a call sees the rows so far as a view,
-    and new rows are copied behind them, so nothing moves the cache. It starts as zeros: a decode timed further
-    along than the check went must not read whatever lay in memory.
-    """
-
-    def __init__(self, artifact: Path, arrays: ArrayFile) -> None:
-        self.manifest = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
-        self.device = tvm.cpu()
-        self.machine = VirtualMachine(tvm.runtime.load_module(str(artifact / self.manifest["library"])), self.device)
-        self.packed_bytes = 0
-        # Converted once: a list would be converted anew in every call.
-        self.weights = tvm_ffi.convert([self._packed(StoredArray.from_json(weight), arrays) for weight in self.manifest["weights"]])
-        rows = self.manifest["rows"]
-        self.state = {
-            name: tvm.runtime.tensor(np.zeros([rows if isinstance(size, str) else size for size in shape], dtype), self.device)
-            for name, (shape, dtype) in self.manifest["state"].items()
-        }
-        self.rows = 0
-
-    def _packed(self, weight: StoredArray, arrays: ArrayFile) -> Any:
-        """A weight as the program takes it; nothing else of it is left when this returns."""
-        array = weight.apply(arrays.read)
-        self.packed_bytes += array.nbytes
-        return tvm.runtime.tensor(array, self.device)
-
-    def call(self, function: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-        """Runs a function on inputs and state, appends the rows it returns, and gives its outputs."""
-        spec = self.manifest["functions"][function]
-        result = self.machine[function](*self.arguments(function, inputs, self.rows))
-        outputs = dict(zip(spec["outputs"], result, strict=True))
-        new = 0
-        for name, value in outputs.items():
-            if name.endswith(ROWS):
-                new = value.shape[1]
-                self._view(name.removesuffix(ROWS), self.rows, new).copyfrom(value)
-        self.rows += new
-        return outputs
-
-    def arguments(self, function: str, inputs: Mapping[str, NDArray[Any]], rows: int) -> list[Any]:
-        """The arguments of a call that sees `rows` rows of state."""
-        spec = self.manifest["functions"][function]
-        values = [tvm.runtime.tensor(np.ascontiguousarray(inputs[name]), self.device) for name in spec["inputs"]]
-        return [*values, *(self._view(name, 0, rows) for name in spec["state"]), self.weights]
-
-    def _view(self, name: str, first: int, count: int) -> Any:
-        buffer = self.state[name]
-        shape = list(buffer.shape)
-        width = int(np.prod(shape[2:])) * 4
-        return buffer._create_view([1, count, *shape[2:]], "float32", relative_byte_offset=first * width)
-
-
-def run_job(job: Job) -> dict[str, Any]:
+def run_job(session: Session, job: Job) -> dict[str, Any]:
     """Checks and times a compiled program.
 
     Returns:
@@ -96,40 +47,64 @@ def run_job(job: Job) -> dict[str, Any]:
     Raises:
         CheckFailed: if an output differs from the expected one.
     """
-    before = held_bytes()
-    arrays = ArrayFile(Path(job.sample))
-    runner = Runner(Path(job.artifact), arrays)
-    errors = _check(runner, arrays, job.steps, job.tolerance)
-    calls = {
-        name: (name, runner.arguments(name, {key: arrays.read(array) for key, array in inputs.items()}, rows))
-        for name, (inputs, rows) in job.timed.items()
-    }
-    for function, arguments in calls.values():
-        runner.machine[function](*arguments)
-    after = held_bytes()
-    reference = Probe(Path(job.probe)).product(*job.reference)
+    artifact = Path(job.artifact)
+    manifest = json.loads((artifact / MANIFEST).read_text(encoding="utf-8"))
+    device = session.device(manifest["device"])
+    on_cpu = session.is_here and device == tvm.cpu()  # elsewhere, or on a GPU, this process's memory and clock say nothing
+    before = held_bytes() if on_cpu else None
+    with session.at_work():
+        arrays = ArrayFile(Path(job.sample))
+        machine = session.machine(session.load(artifact / manifest["library"]), manifest, device)
+        packed_bytes = _hold(machine, [StoredArray.from_json(weight) for weight in manifest["weights"]], arrays)
+        errors = _check(machine, arrays, job.steps, job.tolerance)
+        calls = {
+            name: (name, machine.arguments(name, {key: arrays.read(array) for key, array in inputs.items()}, rows))
+            for name, (inputs, rows) in job.timed.items()
+        }
+        for function, arguments in calls.values():
+            machine.run(function, arguments)
+    after = held_bytes() if on_cpu else None
+    reference = Probe(session, Path(job.probe), device).product(*job.reference)
     began = time.perf_counter()
-    times, reference_s, attempts = _time(runner.machine, calls, reference, job)
+    timers = {name: session.time_function(machine, function, arguments) for name, (function, arguments) in calls.items()}
+    times, reference_s, attempts = _time(timers, reference, job)
     budget_s = job.timing.profile_share * (time.perf_counter() - began)
     try:
-        profile = take_profile(runner.machine, calls, runner.manifest["operators"], Path(job.probe), budget_s)
+        profile = take_profile(machine.vm, calls, manifest["operators"], Path(job.probe), budget_s) if on_cpu else None
     except (AssertionError, RuntimeError):  # the times stand without it
         profile = None
     return {
         "times_s": times,
         "reference_s": reference_s,
         "measured_peak_bytes": None if before is None or after is None else max(0, after - before),
-        "packed_bytes": runner.packed_bytes,
+        "packed_bytes": packed_bytes,
         "errors": errors,
         "attempts": attempts,
         "profile": profile,
     }
 
 
-def _check(runner: Runner, arrays: ArrayFile, steps: tuple[Step, ...], tolerance: float) -> dict[str, float]:
+def _hold(machine: Machine, weights: list[StoredArray], arrays: ArrayFile) -> int:
+    """Gives a machine its weights, packed one at a time, so that nothing else of any is left; returns their bytes."""
+    packed_bytes = 0
+
+    def packed() -> Iterator[Any]:
+        nonlocal packed_bytes
+        for weight in weights:
+            yield_to_measuring()
+            array = weight.apply(arrays.read)
+            packed_bytes += array.nbytes
+            yield tvm.runtime.tensor(array, machine.device)
+            del array
+
+    machine.hold(packed())
+    return packed_bytes
+
+
+def _check(machine: Machine, arrays: ArrayFile, steps: tuple[Step, ...], tolerance: float) -> dict[str, float]:
     errors: dict[str, float] = {}
     for number, step in enumerate(steps):
-        outputs = runner.call(step.function, {key: arrays.read(array) for key, array in step.inputs.items()})
+        outputs = machine.call(step.function, {key: arrays.read(array) for key, array in step.inputs.items()})
         for name, array in step.expected.items():
             expected, got = arrays.read(array), outputs[name].numpy()
             if got.shape != expected.shape:
@@ -150,16 +125,14 @@ def relative_error(got: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.abs(got - expected).max()) / scale
 
 
-def _time(
-    machine: Any, calls: dict[str, tuple[str, list[Any]]], reference: Callable[[], float], job: Job
-) -> tuple[dict[str, list[float]], list[float], int]:
+def _time(timers: dict[str, Timer], reference: Callable[[], float], job: Job) -> tuple[dict[str, list[float]], list[float], int]:
     """Raw seconds per call of each function and of the reference kernel, repeats interleaved.
 
     Interleaving spreads a disturbance over all functions instead of one. While a spread is too wide, or the
     reference says that the machine is slow, the times are taken anew; the least disturbed ones are kept.
     """
     timing = job.timing
-    evaluators = {name: _evaluator(machine, function, arguments, timing) for name, (function, arguments) in calls.items()}
+    evaluators = {name: _evaluator(timer, timing) for name, timer in timers.items()}
     evaluators[_REFERENCE] = reference
     best: dict[str, list[float]] = {}
     attempts = 0
@@ -190,30 +163,22 @@ def _interleaved(evaluators: dict[str, Callable[[], float]], timing: Timing) -> 
     return times
 
 
-def _evaluator(machine: Any, function: str, arguments: list[Any], timing: Timing) -> Callable[[], float]:
+def _evaluator(timer: Timer, timing: Timing) -> Callable[[], float]:
     """A function that gives seconds per call, over enough calls to last `min_repeat_s`; warms up first."""
-    run = machine[function]
-
-    def elapsed(number: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(number):
-            run(*arguments)
-        return time.perf_counter() - begin
-
-    elapsed(1)
-    once, warm_until = elapsed(1), time.perf_counter() + timing.warmup_s
+    timer(1)
+    once, warm_until = timer(1), time.perf_counter() + timing.warmup_s
     while time.perf_counter() < warm_until:
-        once = min(once, elapsed(1))
+        once = min(once, timer(1))
     number = max(1, round(timing.min_repeat_s / max(once, 1e-9)))
-    return lambda: elapsed(number) / number
+    return lambda: timer(number)
 
 
 class Probe:
     """The compiled probe kernels with their data (`tvm_probe.py`)."""
 
-    def __init__(self, library: Path) -> None:
-        self._module = tvm.runtime.load_module(str(library))
-        self._device = tvm.cpu()
+    def __init__(self, session: Session, library: Path, device: Any) -> None:
+        self._session, self._device = session, device
+        self._module = session.load(library)
 
     def product(self, size: int, tile: int) -> Callable[[], float]:
         """Seconds of one fixed matrix product, `size` cubed."""
@@ -225,30 +190,44 @@ class Probe:
     def read(self, values: int, parts: int, width: int) -> Callable[[], float]:
         """Seconds of one pass over `values` float32."""
         steps = values // (parts * width)
-        arrays = [
-            tvm.runtime.tensor(np.ones((parts, steps, width), dtype=np.float32), self._device),
-            tvm.runtime.empty((parts, width), "float32", self._device),
-        ]
-        return self._timer("read", arrays)
+        data = ones(self._module, (parts, steps, width), self._device)
+        return self._timer("read", [data, tvm.runtime.empty((parts, width), "float32", self._device)])
 
     def _timer(self, name: str, arrays: list[Any]) -> Callable[[], float]:
-        run = self._module[name]
-
-        def once() -> float:
-            begin = time.perf_counter()
-            run(*arrays)
-            return time.perf_counter() - begin
-
+        timer = self._session.time_kernel(self._module, name, arrays, self._device)
         for _ in range(3):
-            once()
-        return once
+            timer(1)
+        return lambda: timer(1)
 
 
-def ceilings(library: str, size: int, tile: int, values: int, parts: int, width: int, repeats: int = 30) -> dict[str, float]:
-    """The best rates seen: `flops_per_s` of the product and `read_bytes_per_s` of the streaming read."""
-    probe = Probe(Path(library))
+def ones(module: Any, shape: tuple[int, ...], device: Any) -> Any:
+    """An array of ones, made on the device by the kernel of that name: it may be large, and the device far away."""
+    array = tvm.runtime.empty((int(np.prod(shape)),), "float32", device)
+    module["ones"](array)
+    return array._create_view(shape)
+
+
+def ceilings(session: Session, library: str, kind: str, size: int, tile: int, values: int, parts: int, width: int) -> dict[str, float]:
+    """The best rates seen: `flops_per_s` of the product and `read_bytes_per_s` of the streaming read.
+
+    Args:
+        library: path of the probe kernels.
+        kind: of the device that they run on.
+        size, tile: of the product.
+        values, parts, width: how many values are read, and how the threads share them.
+    """
+    probe = Probe(session, Path(library), session.device(kind))
     product, read = probe.product(size, tile), probe.read(values, parts, width)
     return {
-        "flops_per_s": 2.0 * size**3 / min(product() for _ in range(4 * repeats)),
-        "read_bytes_per_s": 4.0 * values / min(read() for _ in range(repeats)),
+        "flops_per_s": 2.0 * size**3 / _best(product, _PRODUCTS),
+        "read_bytes_per_s": 4.0 * values / _best(read, _READS),
     }
+
+
+def _best(timer: Callable[[], float], repeats: int) -> float:
+    best, until = timer(), time.perf_counter() + _CEILING_S
+    for _ in range(repeats - 1):
+        if time.perf_counter() > until:
+            break
+        best = min(best, timer())
+    return best

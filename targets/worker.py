@@ -21,7 +21,15 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class WorkerError(RuntimeError):
-    """A call that raised, crashed the child or ran out of time; the message is one line that says which."""
+    """A call that raised, crashed the child or ran out of time; the message is one line that says which.
+
+    Attributes:
+        raised: the name of the exception's type, if the call raised one; else "", and the child is gone.
+    """
+
+    def __init__(self, message: str, raised: str = "") -> None:
+        super().__init__(message)
+        self.raised = raised
 
 
 class Worker:
@@ -30,9 +38,11 @@ class Worker:
     Args:
         environment: variables set in the child, above the parent's own.
         without: modules that the child must not load; importing one fails there as if it were not installed.
+        affinity: the processors it may use, by number; empty: those that this process may use.
     """
 
-    def __init__(self, environment: Mapping[str, str], without: tuple[str, ...] = ()) -> None:
+    def __init__(self, environment: Mapping[str, str], without: tuple[str, ...] = (), affinity: tuple[int, ...] = ()) -> None:
+        self._affinity = affinity
         self._environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         self._without = without
         self._child: subprocess.Popen[bytes] | None = None
@@ -66,7 +76,8 @@ class Worker:
             self.close()
             raise
         if not ok:
-            raise WorkerError(value)
+            raised, message = value
+            raise WorkerError(message, raised)
         return value
 
     def kill(self) -> None:
@@ -94,7 +105,7 @@ class Worker:
             self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
             # -P: nothing that lies in the folder a user happens to be in is imported.
             self._child = subprocess.Popen(
-                [sys.executable, "-P", "-W", "ignore", "-m", "targets.worker", *self._without],
+                [sys.executable, "-P", "-W", "ignore", "-m", "targets.worker", ",".join(map(str, self._affinity)), *self._without],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=self._environment, start_new_session=True,
             )  # fmt: skip
         return self._child
@@ -155,7 +166,7 @@ def _serve() -> None:
             import traceback
 
             traceback.print_exc()
-            reply = (False, _one_line(error))
+            reply = (False, (type(error).__name__, _one_line(error)))
         payload = pickle.dumps(reply)
         replies.write(len(payload).to_bytes(_LENGTH_BYTES, "little") + payload)
         replies.flush()
@@ -174,6 +185,8 @@ def end_with_parent() -> None:
 
 if __name__ == "__main__":
     end_with_parent()
-    sys.modules.update(dict.fromkeys(sys.argv[1:]))  # type: ignore[arg-type]  # None is how Python marks a module as not there
+    if sys.argv[1]:
+        os.sched_setaffinity(0, [int(number) for number in sys.argv[1].split(",")])
+    sys.modules.update(dict.fromkeys(sys.argv[2:]))  # type: ignore[arg-type]  # None is how Python marks a module as not there
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _serve()

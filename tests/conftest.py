@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rpc_helpers import Process, board_at_a_tracker
 
 from targets.local import LocalTarget
 from targets.measurement import Timing
@@ -16,10 +17,11 @@ QUICK = Timing(repeats=1, min_repeat_s=0.0, warmup_s=0.0, retries=0, timeout_s=1
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _locks_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tests that run side by side time nothing that counts: they do not wait for each other's measurements."""
+def _apart_from_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No device of the user's is seen; and tests that run side by side time nothing that counts, so they do not wait for each other."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        patch.setenv("EDGEWISE_CONFIG", str(tmp_path_factory.mktemp("config")))
         yield
 
 
@@ -49,3 +51,10 @@ def local_target(local_spec: DeviceSpec, kernel_cache: Path) -> Iterator[LocalTa
     target = LocalTarget(local_spec, kernel_cache)
     yield target
     target.close()
+
+
+@pytest.fixture(scope="session")
+def board_desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A tracker with an emulated aarch64 board, whose key is "board"; what needs it is skipped where it cannot be had."""
+    with board_at_a_tracker(tmp_path_factory.mktemp("board")) as desk:
+        yield desk

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from cost_models.roofline import Roofline
-from nas.candidates import Limits, Settings
 from nas.corpus import Corpus, load_corpus
 from nas.evaluation import Evaluation
+from nas.models import NamedModel
 from nas.run import Run, resume_or_create
 from nas.search import Outcome, new_manifest, search
+from nas.settings import Limits, Settings
 from search_spaces.space import Space, load_space
 from targets.target import Target, load_target
 
@@ -62,24 +63,28 @@ def run_search(
     view: Listener | None = None,
     space: Space | None = None,
     target: Target | None = None,
+    targets: Sequence[Target] = (),
     given: Settings | None = None,
+    references: Sequence[NamedModel] = (),
 ) -> tuple[Run, Outcome]:
-    """One session of a search in a run folder."""
+    """One session of a search in a run folder; on the null target, unless `target` or several `targets` are given."""
     space = space or load_space(SPACE_FILE)
-    target = target or load_target("null")
+    targets = targets or (target or load_target("null"),)
     given = given or settings()
-    manifest = new_manifest(space=space, corpus=corpus, corpus_source="speeches.jsonl", spec=target.spec, settings=given)
+    specs = [t.spec for t in targets]
+    manifest = new_manifest(space=space, corpus=corpus, corpus_source="speeches.jsonl", specs=specs, settings=given)
     run = resume_or_create(path, manifest)
     outcome = search(
         run,
         space=space,
-        target=target,
+        targets=targets,
         corpus=corpus,
         settings=given,
         cost_model=Roofline(),
         view=view or Listener(),
         trials=trials,
         timeout_s=timeout_s,
+        references=references,
     )
     return run, outcome
 
@@ -91,11 +96,11 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def repeated_steps(run: Run) -> list[tuple[int, str]]:
-    """Measurements and trainings that began again although they were done."""
+    """Measurements (on a device) and trainings that began again although they were done."""
     done: set[tuple[int, str]] = set()
     again = []
     for entry in run.log_entries():
-        key = (entry["trial"], entry["step"])
+        key = (entry["trial"], f"{entry['step']} {entry.get('device', '')}".strip())
         if entry["step"] not in ("measure", "train"):
             continue
         if key in done:

@@ -43,6 +43,8 @@ def random_config(rng: random.Random, max_layers: int = 5) -> SLMConfig:
         **_attention(rng, num_layers, sharing),
         "ffn_dim": rng.choice([None, _per_layer(rng, num_layers, sharing, "ffn", lambda: rng.randint(5, 40))]),
     }
+    if norm == "layernorm" and not values["norm_bias"] and rng.random() < 0.4:
+        values |= {"norm_weight": False, "norm_bias": None}
     return SLMConfig(**values)
 
 

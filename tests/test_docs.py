@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,17 @@ def fenced(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
+def surroundings(folder: Path) -> dict[str, str]:
+    """The environment of a user who has nothing yet."""
+    own = {"EDGEWISE_CACHE": str(folder / "cache"), "EDGEWISE_CONFIG": str(folder / "config")}
+    return {**os.environ, "PYTHONPATH": str(ROOT), **own}
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if fenced(p, "console")], ids=lambda p: p.stem)
 def test_commands_shown_work(page: Path, tmp_path: Path) -> None:
     commands = [line[2:] for block in fenced(page, "console") for line in block.splitlines() if line.startswith("$ ")]
     assert commands
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "EDGEWISE_CACHE": str(tmp_path / "cache")}
+    environment = surroundings(tmp_path)
     for command in commands:
         program, *arguments = shlex.split(command)
         assert program == "edgewise", command
@@ -34,7 +41,7 @@ def test_commands_shown_work(page: Path, tmp_path: Path) -> None:
 def test_the_python_shown_for_an_export_works(tmp_path: Path) -> None:
     (code,) = fenced(ROOT / "docs" / "export.md", "python")
     commands = [line[2:] for line in "".join(fenced(ROOT / "docs" / "export.md", "console")).splitlines() if "measure" not in line]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "EDGEWISE_CACHE": str(tmp_path / "cache")}
+    environment = surroundings(tmp_path)
     for command in commands:
         subprocess.run([sys.executable, "-m", "nas", *shlex.split(command)[1:]], cwd=tmp_path, env=environment, check=True)
     script = code + "assert logits.shape[-1] == tokenizer.vocab_size\n"
@@ -42,13 +49,15 @@ def test_the_python_shown_for_an_export_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if fenced(p, "toml")], ids=lambda p: p.stem)
-def test_spaces_shown_load(page: Path, tmp_path: Path) -> None:
+def test_files_shown_load(page: Path, tmp_path: Path) -> None:
+    """Search spaces, and device files, which say of what kind they are."""
     from search_spaces.space import load_space
+    from targets.spec import read_device
 
     for number, text in enumerate(fenced(page, "toml")):
         path = tmp_path / f"{number}.toml"
         path.write_text(text, encoding="utf-8")
-        assert load_space(path).asked
+        assert read_device(path).kind if "kind" in tomllib.loads(text) else load_space(path).asked
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

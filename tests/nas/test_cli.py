@@ -340,7 +340,7 @@ def test_a_run_name_cannot_lead_out_of_its_folder(small: list[str], tmp_path: Pa
     ("args", "message"),
     [
         (["search", "--space", "tny"], "did you mean 'tiny'"),
-        (["search", "--target", "locl"], "target 'locl' is not known; choose one of"),
+        (["search", "--target", "locl"], "target 'locl' is not known; did you mean 'local'?; choose one of"),
         (["search", "--sampler", "tp"], "sampler 'tp' is not known; choose one of tpe"),
         (["search", "--speed", "fast"], "'fast' is not one of"),
         (["search", "--weights", "fp32,int5"], "'int5' is not a precision; use one or several of fp32, fp16, int8, int4, as in fp32,int8"),
@@ -521,3 +521,49 @@ def test_a_bug_is_one_line_unless_asked_for(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setenv("EDGEWISE_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
         main(["spaces", "list"])
+
+
+# --- several devices, references ---------------------------------------------------------------
+
+
+def test_a_search_over_two_devices_is_shown_together_and_one_by_one(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("boards").mkdir()
+    Path("boards/other.toml").write_text(
+        'name = "other"\nkind = "null"\ncores = 1\nvector_bytes = 16\nmemory_bytes = 8_000_000_000\n'
+        "read_bytes_per_s = 1.0e8\nflops_per_s = 5.0e11\n"
+    )
+    folder = "runs/small-null-other"
+    args = [*small, "--target", "boards/other.toml"]
+    assert main([*args, "--trials", "2", "--ahead", "2", "--reference", "gpt2-124m"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count(" other.request_s=") == 2
+    assert f"on the joint front: edgewise front {folder};" in err
+    assert main([*args, "--trials", "3", "--json"]) == 0  # --ahead is that of the run
+    whole = json.loads(capsys.readouterr().out)
+    assert open_run(Path(folder)).manifest["settings"]["ahead"] == 2
+    assert list(whole["devices"]) == ["null", "other"]
+    assert [r["name"] for r in whole["references"]] == ["gpt2-124m"]
+    assert main(["front", folder]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"bits/byte +null +other +params", shown)
+    assert re.search(r"^gpt2-124m +ref +– ", shown, re.MULTILINE)
+    assert main(["front", folder, "--target", "other"]) == 0
+    assert "ms/token" in capsys.readouterr().out
+    assert main(["front", folder, "--target", "other", "--json"]) == 0
+    there = json.loads(capsys.readouterr().out)
+    assert [m["trial"] for m in there["front"]] == whole["devices"]["other"]["front"]
+    assert there["front"][0]["request_s"] == next(
+        m["devices"]["other"]["request_s"] for m in whole["front"] if m["trial"] == there["front"][0]["trial"]
+    )
+    assert main(["front", folder, "--target", "pi5"]) == 2
+    assert refused(capsys).endswith("--target 'pi5' is not a device of run 'runs/small-null-other'; choose one of null, other")
+    assert main([*args, "--target", "null", "--trials", "3"]) == 2
+    assert "target 'null' is there twice" in refused(capsys)
+    assert main([*small, "--run", folder, "--trials", "3"]) == 2
+    assert "was made with --target null, other, not null; use the same to go on with it" in refused(capsys)
+
+
+def test_an_unknown_reference_costs_nothing(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*small, "--reference", "no/such/config.json"]) == 2
+    assert "'no/such/config.json' does not exist" in refused(capsys)
+    assert not Path("runs").exists()

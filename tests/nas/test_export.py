@@ -1,19 +1,26 @@
 """Exports: what comes out loads again and is the model that was scored."""
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from search_helpers import SPACE_FILE, run_search, settings, write_speeches
 
+from cost_models.measured import randomise
 from nas import export as export_module
 from nas.corpus import Corpus, load_corpus
-from nas.errors import InvalidRun
+from nas.errors import InvalidRun, UserError
 from nas.evaluation import Evaluation
-from nas.export import LOADING, export_trial, is_export, load_exported, model_card
+from nas.export import FORMATS, LOADING, MARK, choose_trial, export_trial, is_export, load_exported, model_card
+from nas.gguf_export import write_gguf_folder
+from nas.huggingface.export import native_form, write_folder
+from nas.models import model_at
 from nas.run import Run
 from nas.search import Outcome
 from nas.training import evaluate
@@ -22,6 +29,8 @@ from search_spaces.config import InvalidConfig, SLMConfig
 from search_spaces.counting import params
 from search_spaces.model import SLM
 from search_spaces.space import Space, load_space
+
+FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +41,30 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> tuple[Run, Outcome]:
     return run_search(tmp_path_factory.mktemp("runs") / "a_b", corpus, trials=5)
+
+
+@pytest.fixture
+def native(tmp_path: Path, searched: tuple[Run, Outcome]) -> Path:
+    """A model that is a Llama, exported."""
+    return written(tmp_path / "native", searched, SLMConfig(vocab_size=300, d_model=32, num_layers=2, num_heads=2, context=64))
+
+
+@pytest.fixture
+def own(tmp_path: Path, searched: tuple[Run, Outcome]) -> Path:
+    """A model that no family has, exported."""
+    config = SLMConfig(vocab_size=300, d_model=32, num_layers=2, num_heads=2, context=64, series_activation=2, augmented_shortcuts=1)
+    return written(tmp_path / "own", searched, config)
+
+
+def written(folder: Path, searched: tuple[Run, Outcome], config: SLMConfig) -> Path:
+    """The exported folder of a random model, with the tokenizer of the search."""
+    run, outcome = searched
+    assert outcome.chosen is not None
+    chosen = choose_trial(run, outcome.chosen.trial)
+    config = dataclasses.replace(config, vocab_size=chosen.tokenizer.vocab_size)
+    folder.mkdir()
+    write_folder(dataclasses.replace(chosen, config=config, model=randomise(SLM(config), 0).eval()), folder)
+    return folder
 
 
 @pytest.fixture
@@ -63,20 +96,14 @@ def test_an_export_holds_what_others_read(exported: Path, searched: tuple[Run, O
     _, outcome = searched
     chosen = outcome.chosen
     assert chosen is not None
-    assert {p.name for p in exported.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "README.md",
-    }
-    assert json.loads((exported / "config.json").read_text())["model_type"] == "edgewise"
-    assert SLMConfig.load(exported) == chosen.config
+    assert {p.name for p in exported.iterdir()} >= FILES
+    assert model_at(exported).config == chosen.config
     assert sum(t.numel() for t in load_file(exported / "model.safetensors").values()) == chosen.params
     assert tokenizers.Tokenizer.from_file(str(exported / "tokenizer.json")).get_vocab_size() == chosen.config.vocab_size
 
 
-def test_the_four_documented_files_are_enough(exported: Path, tmp_path: Path) -> None:
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
+def test_the_three_files_of_the_model_are_enough(exported: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (tmp_path / "copy").mkdir(exist_ok=True)
         shutil.copy(exported / name, tmp_path / "copy" / name)
     model, tokenizer = load_exported(tmp_path / "copy")
@@ -84,10 +111,10 @@ def test_the_four_documented_files_are_enough(exported: Path, tmp_path: Path) ->
     assert model.config.vocab_size == tokenizer.vocab_size
 
 
-def test_weights_that_do_not_name_their_tokenizer_are_refused(exported: Path) -> None:
-    save_file(load_file(exported / "model.safetensors"), exported / "model.safetensors")
+def test_weights_that_do_not_name_their_tokenizer_are_refused(own: Path) -> None:
+    save_file(load_file(own / "model.safetensors"), own / "model.safetensors")
     with pytest.raises(InvalidRun, match="does not say what tokenizer it goes with; export the model again"):
-        load_exported(exported)
+        load_exported(own)
 
 
 def test_the_three_lines_of_python_are_the_same_everywhere(exported: Path) -> None:
@@ -141,7 +168,7 @@ def test_exporting_again_into_the_same_folder_replaces_it(exported: Path, search
     run, outcome = searched
     other = next(e for e in outcome.front if e is not outcome.chosen)
     export_trial(run, other.trial, exported)
-    assert SLMConfig.load(exported) == other.config
+    assert model_at(exported).config == other.config
     load_exported(exported)
 
 
@@ -179,7 +206,7 @@ def test_an_unfinished_trial_and_a_copy_of_one_on_the_front(tmp_path: Path, sear
     chosen.evolve(trial=6, duplicate_of=chosen.trial).save(copied.trial_path(6))
     with pytest.raises(InvalidRun, match="trial 5 is failed, so it has no trained weights"):
         export_trial(copied, 5, tmp_path / "x")
-    assert SLMConfig.load(export_trial(copied, 6, tmp_path / "copy")) == chosen.config
+    assert model_at(export_trial(copied, 6, tmp_path / "copy")).config == chosen.config
 
 
 @pytest.mark.parametrize(
@@ -192,7 +219,9 @@ def test_an_unfinished_trial_and_a_copy_of_one_on_the_front(tmp_path: Path, sear
         ("extra", "has the tensor 'stranger'"),
     ],
 )
-def test_weights_that_are_not_the_models_are_refused_in_one_line(exported: Path, damage: str, message: str) -> None:
+@pytest.mark.parametrize("form", ["native", "own"])
+def test_weights_that_are_not_the_models_are_refused_in_one_line(request: Any, form: str, damage: str, message: str) -> None:
+    exported = request.getfixturevalue(form)
     path = exported / "model.safetensors"
     tensors = load_file(path)
     name = sorted(tensors)[0]
@@ -208,18 +237,18 @@ def test_weights_that_are_not_the_models_are_refused_in_one_line(exported: Path,
     assert "\n" not in str(error.value)
 
 
-def test_a_config_or_tokenizer_of_another_model_is_refused(exported: Path) -> None:
-    values = json.loads((exported / "config.json").read_text())
-    (exported / "config.json").write_text(json.dumps({**values, "vocab_size": 100}))
-    with pytest.raises(InvalidRun, match="are not of the same model"):
-        load_exported(exported)
-    (exported / "config.json").write_text(json.dumps({**values, "d_modle": 100}))
+def test_a_config_or_tokenizer_of_another_model_is_refused(own: Path, native: Path) -> None:
+    values = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**values, "architecture": {**values["architecture"], "d_modle": 100}}))
     with pytest.raises(InvalidConfig, match=r"'d_modle' is not a field .*did you mean 'd_model'"):
-        load_exported(exported)
-    (exported / "config.json").write_text(json.dumps(values))
-    (exported / "tokenizer.json").write_text("{}")
+        load_exported(own)
+    (own / "config.json").write_text(json.dumps(values))
+    (own / "config.json").write_text(json.dumps({**values, "architecture": {**values["architecture"], "vocab_size": 100}}))
+    with pytest.raises(InvalidRun, match="are not of the same model"):
+        load_exported(own)
+    (native / "tokenizer.json").write_text("{}")
     with pytest.raises(InvalidRun, match="is damaged"):
-        load_exported(exported)
+        load_exported(native)
 
 
 def test_a_real_vocabulary_smaller_than_asked_for_is_what_the_model_has(tmp_path: Path, corpus: Corpus) -> None:
@@ -243,4 +272,78 @@ def test_rounded_models_leave_as_trained_and_the_card_says_what_was_measured(tmp
     card = (tmp_path / "model" / "README.md").read_text()
     assert "int4 weights (half bytes with a scale for every 32 inputs), rounded from the float32 ones in this folder" in card
     assert f"| the same of the float32 weights | {only.score['val_bpb_fp32']:.3f} ±" in card
-    assert {p.name for p in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert {p.name for p in (tmp_path / "model").iterdir()} >= FILES
+
+
+# --- every format -----------------------------------------------------------------------------
+
+
+def test_every_trial_on_the_front_leaves_in_every_format_or_the_reason_is_given(tmp_path: Path, searched: tuple[Run, Outcome]) -> None:
+    run, outcome = searched
+    ids = torch.randint(60, (1, 12), generator=torch.Generator().manual_seed(0))
+    for trial in (e.trial for e in outcome.front):
+        with torch.inference_mode():
+            expected = choose_trial(run, trial).model(ids)
+        for name in FORMATS:
+            folder, reason = tmp_path / f"{trial}-{name}", refusal(run, trial, name, tmp_path / f"{trial}-{name}")
+            if reason is not None:
+                assert re.search(r"^\S+=.* cannot leave as GGUF: |package gguf|is not a multiple of 32|target 'null'|'null' ", reason), (
+                    reason
+                )
+                assert "\n" not in reason
+            else:
+                assert (folder / "README.md").read_text().rstrip().endswith(MARK)
+            if name == "hf":
+                model, _ = load_exported(folder)
+                with torch.inference_mode():
+                    torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def refusal(run: Run, trial: int, name: str, folder: Path) -> str | None:
+    """Why a trial cannot leave in a format; None if it did."""
+    try:
+        export_trial(run, trial, folder, name)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_a_format_that_is_not_known_is_refused(tmp_path: Path, searched: tuple[Run, Outcome]) -> None:
+    run, outcome = searched
+    with pytest.raises(UserError, match="--format 'onnx' is not known; choose one of hf, "):
+        export_trial(run, outcome.front[0].trial, tmp_path / "x", "onnx")
+    assert {"hf", "gguf"} <= set(FORMATS)
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_export_of_a_llama_leaves_as_gguf_with_its_weights(tmp_path: Path, searched: tuple[Run, Outcome]) -> None:
+    gguf = pytest.importorskip("gguf", reason="GGUF is an extra")
+    run, outcome = searched
+    assert outcome.chosen is not None
+    chosen = choose_trial(run, outcome.chosen.trial)
+    config = SLMConfig(vocab_size=chosen.tokenizer.vocab_size, d_model=32, num_layers=2, num_heads=2, context=64)
+    model = randomise(SLM(config), 0).eval()
+    write_gguf_folder(dataclasses.replace(chosen, config=config, model=model), tmp_path)
+    tensors = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert (tensors["blk.1.ffn_up.weight"] == model.ffns[1].up.weight.detach().numpy()).all()
+    assert "architecture `llama`, with matrices in F32" in (tmp_path / "README.md").read_text()
+
+
+def test_the_card_says_which_form_the_files_have(native: Path, own: Path) -> None:
+    assert "of the family `llama` of transformers" in (native / "README.md").read_text()
+    card = (own / "README.md").read_text()
+    assert "of no family of transformers" in card
+    assert 'from_pretrained("my-model", trust_remote_code=True)' in card
+    assert {p.name for p in own.iterdir()} - FILES == {
+        "configuration_edgewise.py", "modeling_edgewise.py", "edgewise_config.py", "edgewise_model.py", "edgewise_operators.py",
+    }  # fmt: skip
+
+
+def test_a_model_that_becomes_native_takes_its_python_files_away(own: Path, searched: tuple[Run, Outcome]) -> None:
+    run, outcome = searched
+    assert outcome.chosen is not None
+    chosen = choose_trial(run, outcome.chosen.trial)
+    config = SLMConfig(vocab_size=chosen.tokenizer.vocab_size, d_model=32, num_layers=1, num_heads=2, context=64)
+    assert native_form(config) is not None
+    write_folder(dataclasses.replace(chosen, config=config, model=SLM(config).initialise(0)), own)
+    assert {p.name for p in own.iterdir()} == FILES

@@ -261,3 +261,19 @@ def test_a_precision_may_be_what_the_front_has_in_common() -> None:
     front = [trial(i, 2.5 - i / 10, 0.01 * 2**i, weights="int8") for i in range(5)]
     rest = [trial(10 + i, 3.0 + i / 100, 1.0 + i) for i in range(30)]
     assert "weights = int8: 5 of 5 there, 5 of 35 among all candidates" in text([*front, *rest])
+
+
+def test_findings_over_devices_say_which_model_wins_where() -> None:
+    def on_two(trial: int, bpb: float, here_s: float, there_s: float) -> Evaluation:
+        return Evaluation(trial=trial, state="complete", val_bpb=bpb, request_s=here_s).put("there", request_s=there_s)
+
+    apart = [on_two(0, 3.0, 1.0, 1.0), on_two(1, 2.1, 2.0, 11.0), on_two(2, 2.0, 12.0, 12.0), on_two(3, 2.3, 9.0, 1.2)]
+    sentences = findings(apart, "request", ["here", "there"])
+    assert sentences[:2] == ["4 of 4 trials completed.", "The default choice is trial 1 on here and trial 3 on there."]
+    assert "Of 4 models on some front, 3 are on every one, trial 3 only on there." in sentences
+    assert any(sentence.startswith("On there: Below ") for sentence in sentences)
+    alike = [on_two(i, 3.0 - i / 10, 1.0 + i, 2.0 + 2 * i) for i in range(9)]
+    sentences = findings(alike, "request", ["here", "there"])
+    assert "The front has the same 9 models on every device." in sentences
+    assert "The times on here and there order 9 candidates with Kendall tau +1.00 (1: alike)." in sentences
+    assert findings([], "request", ["here", "there"])[-1].startswith("There is no front")

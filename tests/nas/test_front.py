@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nas.across import across
 from nas.evaluation import Evaluation
-from nas.front import choose, front_of, hypervolume, pareto_front
+from nas.front import choose, front_of, hypervolume, on_each, pareto_front
 
 coordinate = st.integers(0, 6).map(float) | st.floats(-10, 10) | st.sampled_from([math.nan, math.inf, -math.inf])
 point_lists = st.integers(1, 3).flatmap(lambda n: st.lists(st.tuples(*[coordinate] * n), max_size=25))
@@ -101,3 +102,42 @@ def test_choice_without_a_knee() -> None:
     assert choose(ends, "request") is ends[1]
     bulging_out = [trial(0, 3.0, 1.0), trial(1, 2.9, 9.0), trial(2, 2.0, 10.0)]
     assert choose(bulging_out, "request") is bulging_out[2]
+
+
+# --- several devices --------------------------------------------------------------------------
+
+
+def on_two(trial: int, bpb: float, here_s: float, there_s: float) -> Evaluation:
+    return Evaluation(trial=trial, state="complete", val_bpb=bpb, request_s=here_s).put("there", request_s=there_s)
+
+
+def test_the_joint_front_holds_that_of_every_device() -> None:
+    rng = random.Random(5)
+    evaluations = [on_two(i, rng.uniform(1, 2), rng.uniform(1, 9), rng.uniform(1, 9)) for i in range(60)]
+    joint = {e.trial for e in front_of(evaluations, "request")}
+    seen = on_each(evaluations, ["here", "there"])
+    for device, place in (("here", 1), ("there", 2)):
+        front = front_of(seen[device], "request")
+        assert {e.trial for e in front} < joint
+        assert [e.objectives("request")[1] for e in front] == sorted(evaluations[e.trial].objectives("request")[place] for e in front)
+
+
+def test_the_joint_choice_weighs_devices_alike() -> None:
+    # Trial 1 is the knee, however slow one of the devices is in all it does.
+    for slow in (1.0, 1e3):
+        found = [on_two(0, 3.0, 1.0, slow), on_two(1, 2.1, 1.5, 1.6 * slow), on_two(2, 2.0, 9.0, 8.0 * slow)]
+        best = choose(found, "request")
+        assert best is not None
+        assert best.trial == 1
+    two = choose([on_two(0, 2.0, 1.0, 5.0), on_two(1, 3.0, 5.0, 0.9)], "request")
+    assert two is not None
+    assert two.trial == 0  # of two, that of the fewest bits per byte
+
+
+def test_across_says_on_which_device_a_model_wins() -> None:
+    evaluations = [on_two(0, 3.0, 1.0, 1.0), on_two(1, 2.1, 2.0, 11.0), on_two(2, 2.0, 12.0, 12.0), on_two(3, 2.3, 9.0, 1.2)]
+    found = across([*evaluations, on_two(4, 3.5, 9.0, 9.5)], "request", ["here", "there"])
+    assert [e.trial for e in found.front] == [0, 3, 1, 2]
+    assert found.chosen is evaluations[1]
+    assert found.times[1] == ("2.00 s ★", "11.0 s •")
+    assert found.times[3] == ("9.00 s", "1.20 s ★")

@@ -73,7 +73,7 @@ def test_what_llama_cpp_does_not_compute_is_refused_by_field(changes: dict[str, 
     config = dataclasses.replace(LLAMA, **changes)
     with pytest.raises(UserError, match=message) as error:
         write_gguf(tmp_path / "x.gguf", config, {}, None)
-    assert "export the folder instead" in str(error.value)
+    assert "use --format hf instead" in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,18 @@ TRIALS = 8
 KILLS = 12
 
 
-def command(folder: Path) -> list[str]:
+BOARD = """
+name = "board"
+kind = "null"
+cores = 1
+vector_bytes = 16
+memory_bytes = 8_000_000_000
+read_bytes_per_s = 1.0e8
+flops_per_s = 5.0e11
+"""
+
+
+def command(folder: Path, more: Sequence[str] = ()) -> list[str]:
     """A real search of a few seconds: compile and measure on the null target, train, write everything."""
     return [
         *(sys.executable, "-m", "nas", "search", "--space", str(SPACE_FILE), "--target", "null", "--trials", str(TRIALS)),
@@ -33,6 +45,7 @@ def command(folder: Path) -> list[str]:
             str(folder / "run"),
             "--json",
         ),
+        *more,
     ]
 
 
@@ -45,21 +58,29 @@ def log_size(folder: Path) -> int:
     return log.stat().st_size if log.exists() else 0
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_killed_a_dozen_times_it_ends_as_if_never_killed(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("seed", "more"),
+    [(0, ()), pytest.param(1, ("--target", "board.toml", "--ahead", "3"), marks=pytest.mark.slow)],
+    ids=["one device", "two devices, three ahead"],
+)
+def test_killed_a_dozen_times_it_ends_as_if_never_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, more: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("board.toml").write_text(BOARD)
     rng = random.Random(seed)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
         folder.mkdir()
         write_speeches(folder / "speeches.jsonl")
     start = time.monotonic()
-    subprocess.run(command(whole), env=environment(), check=True, capture_output=True, timeout=120)
+    subprocess.run(command(whole, more), env=environment(), check=True, capture_output=True, timeout=120)
     log = [json.loads(line)["time"] for line in (whole / "run" / "log.jsonl").read_text().splitlines()]
     assert len(log) >= 8 * TRIALS
 
     kills = 0
     while kills < KILLS:
-        process = subprocess.Popen(command(broken), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command(broken, more), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             if kills in (0, 5):
                 # At any moment from the first instruction on: mostly while it starts.
@@ -79,7 +100,7 @@ def test_killed_a_dozen_times_it_ends_as_if_never_killed(tmp_path: Path, seed: i
             process.communicate()
         kills += 1
 
-    last = subprocess.run(command(broken), env=environment(), check=False, capture_output=True, text=True, timeout=120)
+    last = subprocess.run(command(broken, more), env=environment(), check=False, capture_output=True, text=True, timeout=120)
     assert last.returncode == 0, last.stderr
     assert last.stderr.count("damaged") == 0
     expected, found = contents(whole / "run"), contents(broken / "run")

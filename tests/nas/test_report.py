@@ -243,7 +243,7 @@ def test_no_complete_trial(tmp_path: Path) -> None:
     assert "there is no model to choose" in shown.text
     assert "Nothing to draw yet" in shown.text
     assert f"compile: {EVIL}" in shown.text
-    assert shown.figures == {"front": {}, "first": "", "design": None, "importance": None}
+    assert shown.figures == {"front": {}, "others": [], "first": "", "design": None, "importance": None}
 
 
 def test_records_without_a_config_are_shown(tmp_path: Path) -> None:
@@ -337,3 +337,68 @@ def test_charts_tell_the_precision_where_it_is_told() -> None:
     assert figure is not None
     (found,) = (d for d in figure["data"][0]["dimensions"] if d["label"] == "weights")
     assert found["ticktext"] == ["fp32", "int4"]
+
+
+# --- several devices, references ---------------------------------------------------------------
+
+
+def over_devices(count: int = 30) -> list[Evaluation]:
+    """Trials of two devices; small models are relatively slower on the second."""
+    rng = random.Random(1)
+    evaluations = []
+    for e in run(count):
+        if e.request_s is None or e.params is None:
+            evaluations.append(e)
+        else:
+            factor = rng.uniform(2, 9)
+            figures = {"request_s": factor * e.request_s, "decode_s_per_token": factor * (e.decode_s_per_token or 0), "peak_bytes": 9}
+            evaluations.append(e.put(f"board {EVIL}", **figures))
+    return evaluations
+
+
+SEVERAL = MANIFEST | {"targets": [{"name": "laptop"}, {"name": f"board {EVIL}", "flops_per_s": 1.0}]}
+
+
+def test_a_report_of_several_devices_has_a_front_of_each_and_says_who_wins_where(tmp_path: Path) -> None:
+    import plotly.graph_objects as go
+
+    evaluations = over_devices()
+    path = write_report("run", evaluations, SEVERAL, tmp_path / "r.html", speed="request")
+    shown = Page(path.read_text(encoding="utf-8"))
+    assert {attrs.get("id") for tag, attrs in shown.tags if tag == "div"} >= {"front", "front1", "design", "importance"}
+    assert len(shown.figures["others"]) == 1
+    there = [e.on(f"board {EVIL}") for e in evaluations]
+    for figure, seen in ((shown.figures["front"], evaluations), (shown.figures["others"][0], there)):
+        marks = {t["name"]: t for t in figure["request"]["data"]}
+        front = front_of([e.on(None) for e in seen], "request")
+        assert len(marks["on the front"]["x"]) + len(marks["default choice"]["x"]) == len(front)
+        go.Figure(json.loads(re.sub(r'"color": "--\w+"', '"color": "#123456"', json.dumps(figure["request"]))))
+    assert "onerror" not in {name for _, attrs in shown.tags for name in attrs}
+    assert f"board {EVIL}" in shown.text
+    assert "Default choice for all devices" in shown.text
+    assert shown.text.count("★") > 3
+    assert "order 26 candidates with Kendall tau" in shown.text
+    bars = [bar["name"] for bar in shown.figures["importance"]["data"]]
+    assert (bars[0], bars[-1], len(bars)) == ("time on laptop", "bits per byte", 3)
+
+
+def test_references_are_marks_on_the_picture_or_lines_where_they_have_no_score(tmp_path: Path) -> None:
+    import plotly.graph_objects as go
+
+    evaluations = run(20)
+    scored = Reference(name="scored", evaluation=evaluations[0].evolve(trial=-1, val_bpb=2.9))
+    unscored = Reference(name=f"unscored {EVIL}", evaluation=evaluations[1].evolve(trial=-1, val_bpb=None, reason="no weights"))
+    shown = page(tmp_path, evaluations, references=[scored, unscored])
+    for key in ("chars", "request", "params"):
+        figure = shown.figures["front"][key]
+        marks = {t["name"]: t for t in figure["data"]}
+        assert marks["references"]["text"] == ["scored"]
+        (line,), (name,) = figure["layout"]["shapes"], figure["layout"]["annotations"]
+        assert name["text"].startswith("unscored &lt;img")
+        assert 10 ** name["x"] == pytest.approx(line["x0"])
+        low, high = figure["layout"]["xaxis"]["range"]
+        assert low < name["x"] < high
+        go.Figure(json.loads(re.sub(r'"color": "--\w+"', '"color": "#123456"', json.dumps(figure))))
+    assert "References, measured beside" in shown.text
+    assert "no weights" in shown.text
+    assert f"{len(front_of(evaluations, 'decode'))} models" in shown.text

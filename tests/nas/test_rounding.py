@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from search_helpers import SPACE_FILE, Listener, contents, repeated_steps, run_search, settings, write_speeches
 
-import nas.candidates
+import nas.trained
 import nas.training
 from nas.corpus import Corpus, load_corpus
 from nas.errors import InvalidRun, UserError
@@ -172,7 +172,7 @@ def test_an_equal_model_is_trained_once_and_no_repeat_of_another_precision(
         assert copied.weights == outcome.evaluations[copied.duplicate_of or 0].weights
     assert len(trained) == 1
     # Trained again instead, everything is the same to the byte.
-    monkeypatch.setattr(nas.candidates, "_from_other_precision", lambda *_: None)
+    monkeypatch.setattr(nas.trained, "_from_other_precision", lambda *_: None)
     run_search(tmp_path / "again", corpus, trials=8, space=one_model(), given=given)
     assert len(trained) == 3
     assert contents(tmp_path / "again") == contents(run.path)

@@ -47,7 +47,9 @@ def test_a_folder_left_by_a_process_that_died_at_once_is_used(tmp_path: Path) ->
     ("changes", "message"),
     [
         ({"seed": 1}, "was made with --seed 0, not 1"),
-        ({"target": "local"}, "was made with --target null, not local"),
+        ({"device": {"name": "local"}}, "was made with --target null, not local"),
+        ({"targets": [{"name": "null"}, {"name": "pi5"}]}, "was made with --target null, not null, pi5"),
+        ({"targets": [{"name": "null", "cores": 4}]}, r"was made on another machine \(cores unset, not 4\)"),
         ({"settings": {"sampler": "gp", "train_bytes": 1000, "max_latency_s": None}}, "was made with --sampler tpe, not gp"),
         ({"settings": {"sampler": "tpe", "train_bytes": 2000, "max_latency_s": None}}, "was made with --train-bytes 1000, not 2000"),
         ({"settings": {"sampler": "tpe", "train_bytes": 1000, "max_latency_s": 0.5}}, "was made with --max-latency unset, not 0.5"),

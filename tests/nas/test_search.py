@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 from search_helpers import SPACE_FILE, Listener, contents, repeated_steps, run_search, settings, write_speeches
 
-from nas.candidates import Settings
 from nas.corpus import Corpus, load_corpus
 from nas.errors import InvalidRun, UserError
 from nas.evaluation import Evaluation
@@ -26,6 +25,7 @@ from nas.front import front_of
 from nas.proposals import SAMPLERS, UNTRAINED_BPB, VIOLATION, make_sampler, open_study, propose, tell
 from nas.run import Run
 from nas.search import _ASKED_TO_END, IDLE_TRIALS, ended_by_signals
+from nas.settings import Settings
 from nas.training import Budget
 from search_spaces.space import Space, load_space
 from targets.measurement import Measurement, Timing
@@ -411,8 +411,12 @@ class Fragile:
 @pytest.mark.parametrize("at", ["compile", "measure"])
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [(TargetError("decode differs in layer 2"), "decode differs in layer 2"), (KeyError("x"), "KeyError: 'x'")],
-    ids=["target", "bug"],
+    [
+        (TargetError("decode differs in layer 2"), "decode differs in layer 2"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (ConnectionResetError("lost the device"), "ConnectionResetError: lost the device"),
+    ],
+    ids=["target", "bug", "connection"],
 )
 def test_a_failure_costs_one_trial(tmp_path: Path, corpus: Corpus, at: str, error: Exception, reason: str) -> None:
     run, outcome = run_search(tmp_path / "run", corpus, trials=3, target=Fragile(error, at))
@@ -550,7 +554,7 @@ def test_other_versions_are_noted(tmp_path: Path, corpus: Corpus) -> None:
 
 @pytest.mark.parametrize("text", ["database or disk is full", "disk I/O error"])
 def test_no_room_for_the_study_is_not_the_urls_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    def full(url: str, name: str) -> Any:
+    def full(url: str, name: str, devices: int) -> Any:
         raise RuntimeError("storage") from sqlite3.OperationalError(text)
 
     monkeypatch.setattr("nas.proposals._load", full)

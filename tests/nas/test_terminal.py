@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from nas.evaluation import Evaluation
-from nas.terminal import LiveView, front_table, parseable_line
+from nas.terminal import LiveView, front_table, joint_table, parseable_line
 from search_spaces.config import SLMConfig
 
 CONFIG = SLMConfig(vocab_size=512, d_model=64, num_layers=2, attention="gqa", num_heads=4, num_kv_heads=2, head_dim=16)
@@ -213,3 +213,49 @@ def test_a_precision_is_a_word_and_a_column_only_where_it_is_told() -> None:
         rows = shown(front_table([plain, small], width=width), width).splitlines()
         assert "weights" in rows[0]
         assert [word for row in rows for word in ("fp32", "int8") if word in row.split()] == ["fp32", "int8"]
+
+
+# --- several devices, references ---------------------------------------------------------------
+
+
+def over_devices() -> list[Evaluation]:
+    small = trial(0, 3.0, request_s=1.0).put("pi [5]", request_s=2.0, decode_s_per_token=0.25)
+    return [small, trial(1, 2.0, request_s=9.0).put("pi [5]", request_s=3.0, decode_s_per_token=0.5), trial(2, state="failed", reason="no")]
+
+
+def test_the_joint_table_has_a_column_for_each_device_and_marks_where_a_model_wins() -> None:
+    beside = {"gpt2": trial(-1, request_s=40.0).evolve(val_bpb=None, val_bpb_stderr=None), "lost": Evaluation(trial=-1, reason="too big")}
+    text = shown(joint_table(over_devices(), "request", ["local", "pi [5]"], references=beside))
+    assert re.search(r"^ *trial +bits/byte +local +pi \[5\] +params +architecture", text)
+    assert re.search(r"^ *0 +3\.000 ± 0\.012 +1\.00 s • +2\.00 s • ", text, re.MULTILINE)
+    assert re.search(r"^ *1 +★ +2\.000 ± 0\.012 +9\.00 s ★ +3\.00 s ★ ", text, re.MULTILINE)
+    assert re.search(r"^ *gpt2 +ref +– +40\.0 s +– ", text, re.MULTILINE)
+    assert "lost: too big" in text
+    assert "time of a request on each device" in text
+    assert "no model on the front yet" in shown(joint_table([], "request", ["local", "pi [5]"]))
+
+
+def test_references_are_listed_below_the_front() -> None:
+    text = shown(front_table([trial(0)], "request", references={"gpt2": trial(-1, bpb=1.5)}))
+    assert re.search(r"^ *gpt2 +ref +1\.500 ± 0\.012 ", text, re.MULTILINE)
+    assert "ref: a reference, measured beside and never on the front" in text
+    assert re.search(r"^ *0 +★ ", text, re.MULTILINE)
+
+
+def test_a_line_names_the_device_of_what_is_not_of_the_first() -> None:
+    line = parseable_line(over_devices()[0])
+    assert " request_s=1.0 " in line
+    assert " pi-5-.request_s=2.0" in line
+    assert shlex.split(line)
+
+
+def test_the_live_view_shows_all_devices_and_a_reference_before_the_first_trial() -> None:
+    console = terminal()
+    with LiveView(speed="request", devices=["local", "pi [5]"], console=console) as view:
+        view.start(2, None)
+        view.stage(-1, "reference", "gpt2")
+        view._refresh()
+        assert "trial -1" not in drawn(console)
+        for e in over_devices():
+            view.finished(e)
+    assert re.search(r"local +pi \[5\]", drawn(console))

@@ -14,7 +14,8 @@ from nas import training
 from nas.corpus import Corpus, load_corpus
 from nas.errors import UserError
 from nas.tokenizer import TokenisedCorpus, Tokenizer, tokenised, train_tokenizer
-from nas.training import Budget, ProxyScore, bits_per_byte, evaluate, schedule, train
+from nas.training import Budget, ProxyScore, bits_per_byte, evaluate, train
+from nas.training_step import EMBEDDING_RATE, MATRIX_RATE, has_diverged, parameter_groups, schedule
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 
@@ -234,7 +235,7 @@ def test_interrupt_passes_through(corpus: Corpus, tokenizer: Tokenizer) -> None:
 def test_other_architectures_learn(corpus: Corpus, tokenizer: Tokenizer, values: dict[str, object]) -> None:
     candidate = config(tokenizer, **values)
     model, score = train(candidate, corpus, tokenizer, Budget(train_bytes=6000, window_bytes=256, batch_windows=2), seed=0, device="cpu")
-    groups = training._groups(model, 1e-3)
+    groups = parameter_groups(model, 1e-3)
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     decayed = [p for group in groups if group["weight_decay"] for p in group["params"]]
@@ -250,9 +251,9 @@ def test_other_architectures_learn(corpus: Corpus, tokenizer: Tokenizer, values:
 def test_matrix_rate_falls_with_size_and_others_stay(tokenizer: Tokenizer) -> None:
     rates = []
     for width, layers in ((64, 4), (128, 4), (256, 4), (128, 1), (128, 16)):
-        embeddings, matrices, vectors = training._groups(SLM(config(tokenizer, d_model=width, num_layers=layers), device="meta"), 1e-3)
+        embeddings, matrices, vectors = parameter_groups(SLM(config(tokenizer, d_model=width, num_layers=layers), device="meta"), 1e-3)
         rates.append(matrices["lr"])
-        assert embeddings["lr"] == vectors["lr"] == pytest.approx(1e-3 * training.EMBEDDING_RATE / training.MATRIX_RATE)
+        assert embeddings["lr"] == vectors["lr"] == pytest.approx(1e-3 * EMBEDDING_RATE / MATRIX_RATE)
     assert rates == pytest.approx([2e-3, 1e-3, 5e-4, 2e-3, 5e-4])
 
 
@@ -344,9 +345,9 @@ def test_text_below_one_window_is_padded(tokenizer: Tokenizer) -> None:
 
 
 def test_one_hard_window_is_no_divergence() -> None:
-    assert not training._diverged([6.0] * 20 + [14.0])
-    assert training._diverged([6.0] * 20 + [14.0] * 8)
-    assert training._diverged([6.0, math.nan])
-    assert training._diverged([6.0, math.inf])
-    assert training._diverged([math.nan])
-    assert not training._diverged([6.0])
+    assert not has_diverged([6.0] * 20 + [14.0])
+    assert has_diverged([6.0] * 20 + [14.0] * 8)
+    assert has_diverged([6.0, math.nan])
+    assert has_diverged([6.0, math.inf])
+    assert has_diverged([math.nan])
+    assert not has_diverged([6.0])

@@ -102,6 +102,7 @@ def test_a_missing_file_is_named(tmp_path):
         ({"ffn": "gated", "ffn_dim": 128}, {}),
         ({"norm": "layernorm", "norm_bias": True}, {"norm": "layernorm"}),
         ({"norm_bias": False}, {}),
+        ({"norm": "layernorm", "norm_weight": False, "norm_bias": False}, {"norm": "layernorm", "norm_weight": False}),
         ({"positions": "learned", "rotary_dim": 0, "rope_theta": 5e5}, {"positions": "learned"}),
         ({"series_mode": "channel"}, {}),
         ({"shortcut_reduction": 4}, {}),
@@ -219,6 +220,8 @@ RULES = [
     ({"rotary_dim": 14}, "rotary_dim=14 must be even, at least 2 and at most head_dim=12"),
     ({"head_dim": 7}, "rotary_dim=7 must be even"),
     ({"norm_bias": True}, "norm_bias=True does not go with norm='rmsnorm'"),
+    ({"norm_weight": False}, "norm_weight=False does not go with norm='rmsnorm'"),
+    ({"norm": "layernorm", "norm_weight": False, "norm_bias": True}, "norm_bias=True does not go with norm_weight=False"),
     ({"augmented_shortcuts": 1, "shortcut_reduction": 49}, "shortcut_reduction=49 exceeds d_model=48"),
     ({"vocab_size": 1}, "vocab_size=1 has nothing to predict"),
     ({"num_unique_layers": 2}, "num_unique_layers=2 needs a sharing pattern"),
@@ -253,7 +256,7 @@ def test_random_configs_span_every_choice():
     assert seen["series_mode"] == {"scalar", "channel"}
     assert seen["series_activation"] == {1, 2, 3}
     assert {0, 1, 2} == seen["augmented_shortcuts"]
-    flags = ("qk_norm", "qkv_bias", "attention_bias", "ffn_bias", "norm_bias", "tie_embeddings", "head_bias")
+    flags = ("qk_norm", "qkv_bias", "attention_bias", "ffn_bias", "norm_weight", "norm_bias", "tie_embeddings", "head_bias")
     assert all(seen[name] == {True, False} for name in flags)
     shared = {(c.sharing, c.shared_parts) for c in drawn if c.sharing != "none"}
     assert shared == {(s, p) for s in ("sequence", "cycle", "cycle_rev") for p in ("both", "attention", "ffn")}

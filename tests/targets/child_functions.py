@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -33,6 +35,16 @@ def libraries(*parts: str) -> list[str]:
 
 def environment(name: str) -> str | None:
     return os.environ.get(name)
+
+
+def thread_processors() -> set[frozenset[int]]:
+    """The processors that the threads of this process may use, each set once."""
+    return {frozenset(os.sched_getaffinity(int(task.name))) for task in Path("/proc/self/task").iterdir()}
+
+
+def python(code: str) -> int:
+    """Exit status of a fresh Python that runs the code."""
+    return subprocess.run([sys.executable, "-c", code], check=False).returncode
 
 
 def fail(message: str) -> None:

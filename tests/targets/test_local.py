@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from child_functions import Exports
 
+import targets.local
 from cost_models.measured import make_sample
 from cost_models.program import build_program
 from search_spaces.config import SLMConfig
@@ -24,7 +25,7 @@ from targets.local import LocalTarget
 from targets.measurement import Measurement, Timing
 from targets.program import Program, Stage
 from targets.quiet import working
-from targets.spec import DeviceSpec, load_spec
+from targets.spec import DeviceSpec, InvalidDevice, load_spec
 from targets.target import TargetError
 from targets.worker import Worker
 
@@ -135,9 +136,8 @@ def test_what_the_device_file_declares_is_taken_as_it_is(found_out: tuple[Device
 
 def test_without_a_cache_folder_nothing_is_left_behind(local_spec: DeviceSpec) -> None:
     target = LocalTarget(local_spec)
-    folder = target._cache
+    folder = target._compiler.cache
     assert target.spec.triple
-    assert folder is not None
     assert folder.exists()
     target.close()
     assert not folder.exists()
@@ -172,7 +172,7 @@ def test_a_compile_that_fails_costs_one_program(
 
 
 def test_a_compile_that_hangs_ends_at_its_time_limit(local_target: LocalTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("targets.local.COMPILE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("targets.host_compiler.COMPILE_TIMEOUT_S", 1.0)
     with pytest.raises(TargetError, match="compiling failed: no answer within 1 s"):
         local_target.compile(sabotaged(Exports("hang")), tmp_path / "bad")
 
@@ -185,7 +185,7 @@ def test_closing_ends_a_compile_that_another_thread_waits_for(local_spec: Device
         while not (tmp_path / "bad").exists():  # until the worker is at it
             assert not compiling.done()
             time.sleep(0.01)
-        child = target._compiler._child
+        child = target._compiler._worker._child
         assert child is not None
         worker = child.pid
         target.close()
@@ -208,12 +208,12 @@ def test_a_program_is_timed_only_when_other_work_has_stopped(
             times[0] = time.monotonic()
 
     def ask(worker: Worker, *args: Any, **kwargs: Any) -> Any:
-        if args[2] == "targets.tvm_run:run_job":
+        if "targets.tvm_run:run_job" in args:
             times[1] = time.monotonic()
         return original(worker, *args, **kwargs)
 
-    original = LocalTarget._ask
-    monkeypatch.setattr(LocalTarget, "_ask", staticmethod(ask))
+    original = targets.local.ask
+    monkeypatch.setattr("targets.local.ask", ask)
     other = threading.Thread(target=work)
     other.start()
     assert at_work.wait(30)
@@ -329,6 +329,31 @@ def test_the_measuring_process_holds_no_other_threads_than_tvms(local_target: Lo
     assert ask("child_functions:loaded", "tvm", "torch", "optuna", "scipy", "pandas", timeout_s=30) == ["tvm"]
     assert ask("child_functions:libraries", "libtorch", "libtvm_compiler", timeout_s=30) == []
     assert ask("child_functions:environment", "TVM_NUM_THREADS", timeout_s=30) == str(local_target.spec.cores)
+
+
+def test_the_measuring_process_keeps_to_the_processors_it_is_given(
+    local_target: LocalTarget, kernel_cache: Path, small: Path, quick: Timing
+) -> None:
+    chosen = max(os.sched_getaffinity(0))
+    target = LocalTarget(dataclasses.replace(local_target.spec, affinity=(chosen,)), kernel_cache)
+    assert target.measure(small, make_sample(SMALL, TOKENS, 0), quick).errors["decode"] < 1e-4
+    assert target._runner.call("child_functions:thread_processors", timeout_s=30) == {frozenset({chosen})}
+    target.close()
+
+
+def test_processors_that_are_not_there_are_refused(local_spec: DeviceSpec) -> None:
+    with pytest.raises(InvalidDevice, match=r"target 'local': affinity=\[4095\] is not among \[0.*choose from those"):
+        LocalTarget(dataclasses.replace(local_spec, affinity=(4095,)))
+
+
+def test_a_device_rests_before_each_measurement(
+    local_target: LocalTarget, small: Path, quick: Timing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[float] = []
+    monkeypatch.setattr("targets.local.sleep", rests.append)
+    monkeypatch.setattr(local_target, "_declared", dataclasses.replace(local_target._declared, cooldown_s=7.0))
+    local_target.measure(small, make_sample(SMALL, TOKENS, 0), quick)
+    assert rests == [7.0]
 
 
 def test_a_second_compile_of_the_same_program_is_the_same_program(local_target: LocalTarget, small: Path, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "ffn-bias": {"ffn_bias": True},
     "layernorm": {"norm": "layernorm"},
     "layernorm-no-bias": {"norm": "layernorm", "norm_bias": False},
+    "layernorm-no-weight": {"norm": "layernorm", "norm_weight": False},
     "rmsnorm-eps": {"norm": "rmsnorm", "norm_eps": 1e-3},
     "layernorm-mla": MLA | {"norm": "layernorm"},
     "qk-norm": {"qk_norm": True},

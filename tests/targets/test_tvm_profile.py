@@ -16,7 +16,7 @@ from cost_models.program import build_program
 from search_spaces.config import SLMConfig
 from search_spaces.workload import RequestTokens
 from targets.job import MANIFEST
-from targets.link import linker
+from targets.link import link_command
 from targets.local import LocalTarget
 from targets.measurement import Measurement, Timing
 from targets.tvm_profile import compile_clock
@@ -83,7 +83,7 @@ def test_a_manifest_that_does_not_fit_the_program_gives_no_profile_and_the_same_
 def clock(tmp_path_factory: pytest.TempPathFactory) -> tvm.runtime.Module:
     folder = tmp_path_factory.mktemp("clock")
     library = folder / "clock.so"
-    subprocess.run([*linker(), "-shared", "-o", str(library), str(compile_clock(folder))], check=True)
+    subprocess.run([*link_command(), "-shared", "-o", str(library), str(compile_clock(folder))], check=True)
     return tvm.runtime.load_module(str(library))
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from targets.compiled_stage import CompiledStage, TensorForm
 from targets.cpu import Cpu
-from targets.link import linker
+from targets.link import link_command
 
 ALIGNMENT = 64
 _TENSOR, _NUMBER = 7, 1  # kinds of argument in TVM's FFI
@@ -53,7 +53,7 @@ def link(machine: Machine, kernels: Mapping[str, Path], path: Path) -> Executabl
     table = "".join(f"K({symbol})" for symbol in kernels)
     # Nothing but the kernels is linked, so one that calls a mathematical library cannot be.
     flags = ["-O1", "-static", "-ffreestanding", "-fno-builtin", "-nostdlib", f"-DKERNELS={table}"]
-    command = [*linker(machine.llvm["mtriple"]), *flags, "-o", str(path), str(source), *map(str, kernels.values())]
+    command = [*link_command(machine.llvm["mtriple"]), *flags, "-o", str(path), str(source), *map(str, kernels.values())]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"linking failed:\n{done.stderr}"
     return Executable(machine=machine, path=path, symbols=tuple(kernels))
