@@ -172,11 +172,11 @@ def model_card(run: Run, evaluation: Evaluation, vocab_size: int, *, form: str =
         loading: how to use them.
     """
     manifest = run.manifest
-    device, corpus, settings = manifest["device"], manifest["corpus"], manifest["settings"]
+    corpus, settings = manifest["corpus"], manifest["settings"]
     score: Any = evaluation.score or {}
     config = evaluation.config
     assert config is not None
-    where = f"On {plain(device['name'])}{_cpu(device)}" if manifest["target"] != "null" else "Counted, not measured (target null)"
+    seen = [(device, evaluation.on(None if place == 0 else device["name"])) for place, device in enumerate(run.specs)]
     return "\n".join(
         [
             f"# {plain(run.name)}, trial {evaluation.trial}",
@@ -189,15 +189,12 @@ def model_card(run: Run, evaluation: Evaluation, vocab_size: int, *, form: str =
             *([form, ""] if form else []),
             "## Measured",
             "",
-            f"{where}, search begun {manifest['created']}; {_weights(evaluation)}, one request at a time, "
-            f"{settings['prompt_bytes']} bytes of prompt, {settings['generate_bytes']} generated.",
+            f"{'; '.join(_where(device) for device, _ in seen)}. Search begun {manifest['created']}; {_weights(evaluation)}, one request "
+            f"at a time, {settings['prompt_bytes']} bytes of prompt, {settings['generate_bytes']} generated.",
             "",
             "| what | value |",
             "|---|---|",
-            f"| prefill of the prompt | {format_s(evaluation.prefill_s)} |",
-            f"| decode | {format_ms(evaluation.decode_s_per_token)} ms a token |",
-            f"| whole request | {format_s(evaluation.request_s)} |",
-            f"| peak memory | {format_bytes(evaluation.peak_bytes)} |",
+            *(row for device, on in seen for row in _figures(device, on, named=len(seen) > 1)),
             f"| weights | {format_bytes(evaluation.weight_bytes)} |",
             f"| validation bits per byte | {format_bpb(evaluation.val_bpb, evaluation.val_bpb_stderr)} |",
             *_unrounded(evaluation, score),
@@ -225,12 +222,28 @@ def model_card(run: Run, evaluation: Evaluation, vocab_size: int, *, form: str =
     )
 
 
+def _where(device: Mapping[str, Any]) -> str:
+    """Where figures are from, in words."""
+    return f"On {plain(device['name'])}{_cpu(device)}" if device["kind"] != "null" else "Counted, not measured (target null)"
+
+
+def _figures(device: Mapping[str, Any], evaluation: Evaluation, named: bool) -> list[str]:
+    """The table's rows of one device."""
+    on = f" on {plain(device['name'])}" if named else ""
+    return [
+        f"| prefill of the prompt{on} | {format_s(evaluation.prefill_s)} |",
+        f"| decode{on} | {format_ms(evaluation.decode_s_per_token)} ms a token |",
+        f"| whole request{on} | {format_s(evaluation.request_s)} |",
+        f"| peak memory{on} | {format_bytes(evaluation.peak_bytes)} |",
+    ]
+
+
 def _weights(evaluation: Evaluation) -> str:
     """The precision that was measured, in words."""
     if evaluation.weights == "fp32":
         return "float32"
     return (
-        f"{evaluation.weights} weights ({MEANINGS[evaluation.weights]}), rounded from the float32 ones in this folder "
+        f"{evaluation.weights} weights ({MEANINGS[evaluation.weights]}), rounded from the float32 ones that were trained "
         f"(`edgewise measure` does the same with `--weights {evaluation.weights}`)"
     )
 
@@ -242,7 +255,7 @@ def _unrounded(evaluation: Evaluation, score: dict[str, Any]) -> list[str]:
     return [f"| the same of the float32 weights | {format_bpb(score.get('val_bpb_fp32'), score.get('val_bpb_stderr_fp32'))} |"]
 
 
-def _cpu(device: dict[str, Any]) -> str:
+def _cpu(device: Mapping[str, Any]) -> str:
     return f" ({device['cores']} cores of {plain(device['cpu'])})" if device.get("cpu") and device.get("cores") else ""
 
 

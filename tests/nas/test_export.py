@@ -133,13 +133,15 @@ def test_the_card_says_what_was_measured_and_on_what_text(exported: Path, search
         f"trial {outcome.chosen.trial}",
         "licence: unknown",
         run.manifest["corpus"]["sha256"],
-        "Counted, not measured (target null), search begun",
+        "Counted, not measured (target null). Search begun",
         "load_exported",
     ):
         assert fact in card
     assert "On null" not in card
-    device = {**run.manifest["device"], "name": "local"}
-    assert "On local, search begun" in model_card(Run(run.path, {**run.manifest, "target": "local", "device": device}), outcome.chosen, 300)
+    devices = [{**run.manifest["device"], "name": name, "kind": "local"} for name in ("local", "board")]
+    several = model_card(Run(run.path, {**run.manifest, "targets": devices}), outcome.chosen, 300)
+    assert "On local; On board. Search begun" in several
+    assert "| decode on board | –" in several, "nothing is known of it there"
 
 
 def test_the_card_escapes_names_from_users(searched: tuple[Run, Outcome]) -> None:
@@ -270,7 +272,7 @@ def test_rounded_models_leave_as_trained_and_the_card_says_what_was_measured(tmp
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert evaluate(model, tokenizer, corpus.validation, only.score["window_tokens"])[0] == only.score["val_bpb_fp32"] != only.val_bpb
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "int4 weights (half bytes with a scale for every 32 inputs), rounded from the float32 ones in this folder" in card
+    assert "int4 weights (half bytes with a scale for every 32 inputs), rounded from the float32 ones that were trained" in card
     assert f"| the same of the float32 weights | {only.score['val_bpb_fp32']:.3f} ±" in card
     assert {p.name for p in (tmp_path / "model").iterdir()} >= FILES
 
