@@ -2,8 +2,9 @@
 
 A reference is here only if `SLMConfig` is the whole of its architecture, up to how weights are stored (Gemma keeps
 norm weights less one). Left out for that reason: OPT-350M (post-norm, projected embeddings), Gemma-2 (four norms,
-soft caps, windows), GPT-Neo (windows, unscaled scores), MiniCPM (scaled residuals and logits), StableLM. The config.json
-of most of these can be read all the same, with weights that are folded (`nas.huggingface`). Numbers are of the published config files; counts are of unique elements, tied weights once.
+soft caps, windows), GPT-Neo (windows, unscaled scores), MiniCPM (scaled residuals and logits), StableLM. The
+config.json of most of these can be read all the same, with weights that are folded (`nas.huggingface`). Numbers are
+of the published config files; counts are of unique elements, tied weights once.
 """
 
 import difflib
