@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -26,6 +27,9 @@ from nas.token_file import Windows
 from nas.training_step import MATRIX_RATE, Learner
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
+
+# As `edgewise train` has it, here for all: threads that spin would disturb the process whose turn it is.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _GPT2 = {
     **{"positions": "learned", "norm": "layernorm", "ffn": "standard", "activation": "gelu_tanh"},

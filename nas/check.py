@@ -7,6 +7,7 @@ its times doubtful (a wide spread, times that grow while it gets hot, a clock be
 import dataclasses
 import importlib.metadata
 import importlib.util
+import shlex
 import socket
 import statistics
 import tempfile
@@ -53,7 +54,7 @@ class CheckStep:
 
 
 def check_device(spec: DeviceSpec, cache_dir: Path, repeats: int = REPEATS) -> Iterator[CheckStep]:
-    """Looks at a device step by step; the ceilings are measured anew, whatever `spec` says of them.
+    """Looks at a device step by step; the ceilings are measured, whatever `spec` says of them; the best of any session counts.
 
     Args:
         spec: of the device file.
@@ -122,19 +123,25 @@ def _reachable(spec: DeviceSpec) -> CheckStep | None:
             start = f"python -m tvm.exec.rpc_tracker --host 127.0.0.1 --port {spec.port}"
             return CheckStep(name="reachable", status="failed", detail=f"{error}; start one with `{start}`, or its SSH tunnel")
         if not count:
-            start = f"TVM_USE_RUNTIME_LIB=1 python -m tvm.exec.rpc_server --tracker {where} --key {spec.key}"
+            start = f"{_server(spec)} --tracker {where} --key {shlex.quote(spec.key)} --custom-addr 127.0.0.1"
             detail = f"the tracker at {where} has no server with key {spec.key!r}; start one on the device with `{start}`"
             return CheckStep(name="reachable", status="failed", detail=detail)
         detail = f"the tracker at {where} has {count} server{'s' if count > 1 else ''} with key {spec.key!r}"
         return CheckStep(name="reachable", status="ok", detail=detail, values={"servers": count})
     try:
         socket.create_connection((spec.host, spec.port), timeout=_CONNECT_S).close()
-    except OSError as error:
-        start = f"TVM_USE_RUNTIME_LIB=1 python -m tvm.exec.rpc_server --host 127.0.0.1 --port {spec.port}"
-        reason = error.strerror or str(error)
+    except (OSError, UnicodeError) as error:
+        start = f"{_server(spec)} --port {spec.port} --port-end {spec.port + 1}"
+        reason = getattr(error, "strerror", None) or str(error)
         detail = f"nothing listens at {where} ({reason}); start the server on the device with `{start}`, or its SSH tunnel"
         return CheckStep(name="reachable", status="failed", detail=detail)
     return CheckStep(name="reachable", status="ok", detail=f"something listens at {where}")
+
+
+def _server(spec: DeviceSpec) -> str:
+    """The command that starts a server on the device, for this machine or an SSH tunnel alone."""
+    small = "TVM_USE_RUNTIME_LIB=1 " if spec.backend == "llvm" else ""  # the small runtime library has no GPUs
+    return f"{small}python -m tvm.exec.rpc_server --host 127.0.0.1"
 
 
 # --- on the device ------------------------------------------------------------------------------

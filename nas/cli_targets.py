@@ -132,6 +132,8 @@ def targets_add(name: str, like: str | None, replace: bool, **given: Any) -> Non
         # What was measured of that device, or reaches it, is not this one's.
         own = {"read_bytes_per_s": 0.0, "flops_per_s": 0.0} if known.kind != "null" else {}
         base = {**known.to_dict(), "description": f"like {like}: {known.description}" if known.description else f"like {like}", **own}
+        if known.state == "run":  # the other one, not this
+            base["state"] = "described"
     values = {**base, "name": name, **_connection(name, base.get("kind"), given), **_processor(given)}
     spec = DeviceSpec.from_dict(values, f"device {name!r}")
     click.echo(str(add_device(spec, replace=replace)))
@@ -153,7 +155,7 @@ def _connection(name: str, kind: str | None, given: dict[str, Any]) -> dict[str,
         raise InvalidDevice(f"device {name!r}: {' and '.join(ways)} say two ways to reach it; give one")
     if given["tracker"] is not None:
         host, colon, port = given["tracker"].rpartition(":")
-        if not colon:
+        if not colon or given["tracker"].count(":") > 1:
             host, port = given["tracker"], str(given["port"] or _TRACKER_PORT)
         if not port.isdecimal() or not host:
             raise InvalidDevice(f"device {name!r}: --tracker {given['tracker']!r} is not HOST or HOST:PORT; correct it")
@@ -161,7 +163,8 @@ def _connection(name: str, kind: str | None, given: dict[str, Any]) -> dict[str,
             raise InvalidDevice(f"device {name!r}: --tracker needs --key, the key that the devices of the pool registered with")
         return {"kind": "tracker", "host": host, "port": int(port), "key": given["key"]}
     if given["host"] is not None:
-        key = {"key": given["key"]} if given["key"] is not None else {}
+        # A pool's key is none of a server that is reached directly.
+        key = {} if given["key"] is None and kind == "rpc" else {"key": given["key"] or ""}
         return {"kind": "rpc", "host": given["host"], "port": given["port"] or _RPC_PORT, **key}
     for way in ("port", "key"):
         if given[way] is not None and kind not in ("rpc", "tracker"):
@@ -246,7 +249,7 @@ def targets_check(name: str, repeats: int, no_save: bool, as_json: bool) -> None
       edgewise targets check board --repeats 400      does it get hot?
     """
     from nas.check import ceilings, check_device
-    from targets.spec import load_spec
+    from targets.spec import InvalidDevice, load_spec
 
     spec = load_spec(name)
     steps: dict[str, CheckStep] = {}
@@ -256,12 +259,19 @@ def targets_check(name: str, repeats: int, no_save: bool, as_json: bool) -> None
             click.echo(f"{_MARKS[step.status]} {step.name.ljust(9)}  {step.detail}")
             sys.stdout.flush()  # a step may take a minute
     works = all(step.status != "failed" for step in steps.values())
-    saved, note = (None, "") if no_save or not works else _save(name, spec, ceilings(steps))
+    saved, note, problem = None, "", None
+    if works and not no_save:
+        try:
+            saved, note = _save(name, spec, ceilings(steps))
+        except (InvalidDevice, OSError) as error:  # raised once the figures are shown
+            problem = error
     if as_json:
         shown = {"target": spec.name, "ok": works, "steps": [step.to_dict() for step in steps.values()]}
         click.echo(json.dumps({**shown, "saved": None if saved is None else str(saved)}, indent=1))
     elif note:
         click.echo(note)
+    if problem is not None:
+        raise problem
     if not works:
         raise click.exceptions.Exit(1)
 

@@ -100,25 +100,26 @@ def train_command(
 
     import torch
 
+    from nas.run import locked
     from nas.training_folder import check_free, training_folder
 
     where = _device(device)
     check_free(out)
     weights = _weights(init, named)
-    given = _given_tokenizer(tokenizer, weights, named)
+    given = _given_tokenizer(tokenizer, weights, named, Path(model))
     out.mkdir(parents=True, exist_ok=True)
-    folder = training_folder(
-        out,
-        name=named.name,
-        config=named.config,
-        corpus=loaded_corpus,
-        tokenizer=None if given is None else given[0],
-        settings=settings,
-        init=None if weights is None else weights[0],
-        device=str(where),
-        threads=torch.get_num_threads(),
-    )
-    with folder.locked():
+    with locked(out / "lock", f"the training in {str(out)!r}", "--out"):
+        folder = training_folder(
+            out,
+            name=named.name,
+            config=named.config,
+            corpus=loaded_corpus,
+            tokenizer=None if given is None else given[0],
+            settings=settings,
+            init=None if weights is None else weights[0],
+            device=str(where),
+            threads=torch.get_num_threads(),
+        )
         if folder.result is not None:
             folder.clear()
             _say(f"{out} is trained already; to train further, give it as --init and another --out")
@@ -233,7 +234,7 @@ def _with_file(tokenizer: "Tokenizer | None", named: "NamedModel") -> "tuple[Tok
     return tokenizer, (named.folder / TOKENIZER).read_bytes()
 
 
-def _given_tokenizer(path: Path | None, weights: "_Weights | None", named: "NamedModel") -> "tuple[Tokenizer, bytes] | None":
+def _given_tokenizer(path: Path | None, weights: "_Weights | None", named: "NamedModel", model: Path) -> "tuple[Tokenizer, bytes] | None":
     """The tokenizer that was asked for, else that of the weights to begin with, else CONFIG's; None: one is to be made.
 
     Raises:
@@ -255,6 +256,9 @@ def _given_tokenizer(path: Path | None, weights: "_Weights | None", named: "Name
         found = tokenizer, path.read_bytes()
     elif weights is not None:
         found = weights[1]
+    elif named.folder is None:
+        if (model / TOKENIZER).is_file():  # a folder without weights
+            found = Tokenizer.published(model), (model / TOKENIZER).read_bytes()
     else:
         loaded = named.load()
         found = _with_file(loaded[1], named) if loaded is not None else None

@@ -50,6 +50,15 @@ FORMATS: Mapping[str, str] = {
 """What a model can leave as: the name, and the `Exporter` that writes it, imported when it is asked for."""
 
 
+_FILES = (
+    CONFIG, WEIGHTS, TOKENIZER, CARD, "tokenizer_config.json", "generation_config.json", "configuration_edgewise.py",
+    "modeling_edgewise.py", "tokenization_edgewise.py", "edgewise_config.py", "edgewise_operators.py", "edgewise_model.py",
+    "manifest.json", "program.so", "weights.safetensors", "run.py", "model.gguf", "train.py", "training_args.json", "recipe.json",
+    "litgpt/model_config.yaml", "litgpt/pretrain.yaml",
+)  # fmt: skip
+"""Every file of every format."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
     """A trial that leaves its run, with all that an exporter may need.
@@ -101,7 +110,11 @@ def export_trial(run: Run, trial: int, to: Path, format_name: str = "hf", target
     module, _, function = FORMATS[format_name].partition(":")
     write: Exporter = getattr(importlib.import_module(module), function)
     to.mkdir(parents=True, exist_ok=True)
+    before = {name: (to / name).stat().st_mtime_ns for name in _FILES if (to / name).exists()}
     write(chosen, to)
+    for name, written_ns in before.items():  # what is left of an earlier export: another format or trial has other files
+        if (to / name).exists() and (to / name).stat().st_mtime_ns == written_ns:
+            (to / name).unlink()
     return to
 
 

@@ -41,6 +41,8 @@ _SETTLED = ("format", "seed", "space", "targets", "corpus", "settings")
 """What must be the same for a run to go on: of the corpus its text, of the devices what their times depend on."""
 
 _DEVICE = ("triple", "cpu", "cores", "vector_bytes")
+_DEVICE_LATER = ("features", "dot", "affinity", "backend", "arch", "options")
+"""What a device's times depend on; the second kind is compared where the run has it, as older ones do not."""
 
 _OPTIONS = {
     "seed": "--seed",
@@ -341,7 +343,7 @@ def _same_run(run: Run, wanted: Mapping[str, Any]) -> None:
 def _same_devices(run: Run, wanted: list[dict[str, Any]]) -> None:
     """Refuses devices of the same names that are others."""
     for before, now in zip(run.specs, wanted, strict=True):
-        name = next((k for k in _DEVICE if before.get(k) != now.get(k)), None)
+        name = next((k for k in (*_DEVICE, *_DEVICE_LATER) if before.get(k) != now.get(k) and (k in _DEVICE or k in before)), None)
         if name is not None:
             which = "on another machine" if len(wanted) == 1 else f"with another {now['name']!r}"
             raise InvalidRun(

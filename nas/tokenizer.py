@@ -96,6 +96,12 @@ class Tokenizer:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InvalidRun(f"tokenizer {str(path)!r} is damaged ({reason}); {remedy}") from error
 
+    def text_of(self, token: int) -> str:
+        """The name of a token, as tokenizer.json has it."""
+        name = self._inner.id_to_token(token)
+        assert name is not None, f"there is no token {token}"
+        return name
+
     @classmethod
     def published(cls, folder: Path) -> "Tokenizer":
         """The tokenizer of a folder with a published model, from its tokenizer.json; nothing in the folder is run.

@@ -32,8 +32,8 @@ ARCHITECTURE = "architecture"
 """Where such a file has our fields when transformers reads it too; else they are its own fields."""
 
 
-_MOST_LAYERS = 10_000
-_MOST = 2**24
+MOST_LAYERS = 10_000
+MOST = 2**24
 """No size is above this: far more than any model has, and little enough to be counted in no time."""
 
 
@@ -141,7 +141,7 @@ class SLMConfig:
             coerced = _coerce(field.name, value, _HINTS_CACHE.get(field.name) or _hint(field.name))
             self._set(field.name, coerced)
             for size in coerced if isinstance(coerced, tuple) else (coerced,):
-                most = _MOST_LAYERS if field.name == "num_layers" else _MOST
+                most = MOST_LAYERS if field.name == "num_layers" else MOST
                 too_large = isinstance(size, int) and size > most
                 _require(not too_large, f"{field.name}={_short(size)} is above {most:,}, the most there can be; give a smaller one")
         for name in ("vocab_size", "d_model", "num_layers", "context", "series_activation", "shortcut_reduction"):

@@ -46,7 +46,13 @@ def add_device(spec: DeviceSpec, *, replace: bool = False) -> Path:
     if path.exists() and not replace:
         raise InvalidDevice(f"device {spec.name!r} is there already, in {path}; give --replace, or another name")
     text = to_toml(spec)
-    DeviceSpec.from_dict(tomllib.loads(text), f"device {spec.name!r}")
+    try:
+        values = tomllib.loads(text)
+    except ValueError:
+        raise InvalidDevice(
+            f"device {spec.name!r}: options={dict(spec.options)!r} is not a table of texts, numbers, truth values and lists; correct it"
+        ) from None
+    DeviceSpec.from_dict(values, f"device {spec.name!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, text)
     return path

@@ -72,7 +72,8 @@ class HostCompiler:
 
     def record(self, what: str, spec: DeviceSpec, tools: Toolchain) -> Path:
         """A file of the cache for what was seen of one device, which is not said of another with the same processor."""
-        place = () if spec.kind == "local" else (spec.name, spec.kind, spec.host, spec.port, spec.key)
+        place: tuple[Any, ...] = () if spec.kind == "local" else (spec.name, spec.kind, spec.host, spec.port, spec.key)
+        place = (*place, *spec.affinity)  # the cores of one processor may differ
         return self._file(what, spec, tools, place, "json")
 
     def _file(self, what: str, spec: DeviceSpec, tools: Toolchain, place: tuple[Any, ...], suffix: str) -> Path:

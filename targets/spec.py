@@ -24,9 +24,9 @@ Linker = Literal["auto", "zig", "gcc", "ndk", "none"]
 Dot = Literal["", "vnni", "sdot"]
 Origin = Literal["shipped", "own", "plug-in"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAME = re.compile(r"(?!.*\.toml$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PATTERNS = {
-    "name": (_NAME, "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"),
+    "name": (_NAME, "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit, and not a file's that ends in .toml"),
     "kind": (_NAME, "local, rpc, tracker, null or the name of a plug-in"),
     # What reaches a compiler's or linker's command line is a word that no option looks like.
     "triple": (re.compile(r"[A-Za-z0-9_.]+(-[A-Za-z0-9_.]+){1,3}"), "LLVM's name of a machine, as in aarch64-linux-gnu"),

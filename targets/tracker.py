@@ -34,7 +34,10 @@ def servers(host: str, port: int, key: str) -> int:
     """
     with _connected(host, port) as connection:
         _send(connection, [_SUMMARY])
-        status, summary = _receive(connection, time.monotonic() + _ANSWER_S)
+        try:
+            status, summary = _receive(connection, time.monotonic() + _ANSWER_S)
+        except TimeoutError:
+            raise TrackerError(f"the tracker at {host}:{port} does not answer") from None
         if status != _SUCCESS:
             raise TrackerError(f"the tracker at {host}:{port} gives no summary (status {status})")
         try:
@@ -74,8 +77,8 @@ def request(host: str, port: int, key: str, within_s: float, still_wanted: Calla
 def _connected(host: str, port: int) -> socket.socket:
     try:
         connection = socket.create_connection((host, port), timeout=_ANSWER_S)
-    except OSError as error:
-        raise TrackerError(f"no tracker answers at {host}:{port}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:
+        raise TrackerError(f"no tracker answers at {host}:{port}: {getattr(error, 'strerror', None) or error}") from None
     try:
         connection.sendall(struct.pack("<i", _MAGIC))
         (magic,) = struct.unpack("<i", _exactly(connection, 4, time.monotonic() + _ANSWER_S))
@@ -89,7 +92,10 @@ def _connected(host: str, port: int) -> socket.socket:
 
 def _send(connection: socket.socket, message: list[Any]) -> None:
     data = json.dumps(message).encode()
-    connection.sendall(struct.pack("<i", len(data)) + data)
+    try:
+        connection.sendall(struct.pack("<i", len(data)) + data)
+    except OSError as error:
+        raise TrackerError(f"the connection to the tracker broke: {error.strerror or error}") from None
 
 
 def _receive(connection: socket.socket, until: float, still_wanted: Callable[[], bool] = lambda: True) -> Any:

@@ -119,7 +119,7 @@ def write_model(model: "SLM", tokenizer: "Tokenizer", tokenizer_json: bytes, fac
     write_whole(folder / WEIGHTS, _safetensors(tensors, header))
     write_whole(folder / TOKENIZER, tokenizer_json)
     named = native is not None and native[0].family in _OWN_TOKENIZERS
-    write_whole(folder / "tokenizer_config.json", json.dumps(_tokenizer_config(model.config, named), indent=1) + "\n")
+    write_whole(folder / "tokenizer_config.json", json.dumps(_tokenizer_config(model.config, tokenizer, named), indent=1) + "\n")
     write_whole(folder / "generation_config.json", json.dumps(ids, indent=1) + "\n")
     for name, text in source_files().items():
         if named if name == TOKENIZATION else native is None:
@@ -152,11 +152,10 @@ def source_files() -> dict[str, str]:
     return texts
 
 
-def _tokenizer_config(config: SLMConfig, named: bool) -> dict[str, Any]:
-    from nas.tokenizer import END_OF_TEXT
-
+def _tokenizer_config(config: SLMConfig, tokenizer: "Tokenizer", named: bool) -> dict[str, Any]:
+    end = tokenizer.text_of(tokenizer.end_of_text)
     values = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "unk_token": None,
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "unk_token": None,
         "add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": config.context,
     }  # fmt: skip
     return values | ({"auto_map": {"AutoTokenizer": [None, "tokenization_edgewise.EdgewiseTokenizer"]}} if named else {})

@@ -33,7 +33,12 @@ def read_family(values: Mapping[str, Any]) -> Imported:
         config = SLMConfig(**read.values)
     except InvalidConfig as error:
         raise InvalidConfig(f"this {name!r} config cannot be built: {error}") from error
-    notes = [f"not fields of {name!r}, and not used, as in transformers: {', '.join(leftovers)}"] if leftovers else []
+    notes = [f"not fields of {name!r}, and not used, as in transformers: {', '.join(map(_printable, leftovers))}"] if leftovers else []
     if read.exact_tokens < config.context:
         notes.append(f"attention over a window of {read.exact_tokens} tokens: the same as ours for up to so many, of {config.context}")
     return Imported(family=name, config=config, exact_tokens=read.exact_tokens, scales=read.scales, notes=tuple(notes))
+
+
+def _printable(name: str) -> str:
+    """A name from a file as a terminal may show it."""
+    return name if name.isprintable() else ascii(name)

@@ -1,10 +1,9 @@
 """The fields of a config.json of another family: read with that family's defaults, or refused by name."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from search_spaces.config import Activation, InvalidConfig
+from search_spaces.config import MOST, MOST_LAYERS, Activation, InvalidConfig
 
 _ACTIVATIONS: Mapping[str, Activation] = {
     "relu": "relu",
@@ -60,6 +59,11 @@ _REFUSED: Mapping[str, str] = {
 """Fields that no family may have with a value that says something, unless it reads them itself, and why."""
 
 
+_LAYERS = ("n_layer", "num_layers", "num_hidden_layers", "num_transformer_layers")
+_LARGEST = 1e30
+"""No factor, base or epsilon is above this; it leaves room to multiply a few in float64."""
+
+
 class Fields:
     """One config.json, read field by field; what is never asked for is accounted for at the end.
 
@@ -108,6 +112,9 @@ class Fields:
         value = self.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidConfig(f"{name}={value!r} is not a positive integer, which model_type={self.family!r} needs; correct config.json")
+        most = MOST_LAYERS if name in _LAYERS else MOST
+        if value > most:
+            self.refuse(name, f"it is above {most:,}, the most there can be")
         return value
 
     def integer_or(self, name: str, other: int) -> int:
@@ -120,7 +127,7 @@ class Fields:
 
     def finite(self, name: str, value: object) -> float:
         """`value`, found under a name, as a number; refuses anything else."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
             raise InvalidConfig(f"{name}={value!r} is not a number, which model_type={self.family!r} needs; correct config.json")
         return float(value)
 
@@ -175,7 +182,7 @@ class Fields:
         share = 1.0 if given is None else self.finite(name, given)
         if partial is None and share != 1.0:
             raise InvalidConfig(f"{name}={given!r} cannot be represented: {self.family!r} rotates whole heads; choose a model without it")
-        dims = int(width * share)
+        dims = int(width * share) if 0 < share <= 1 else 0
         if dims < 2 or dims % 2 or dims > width:
             rule = f"an even number of rotary dimensions from 2 to the {width} of a head"
             raise InvalidConfig(f"{name}={given!r} comes to {dims}, not {rule}; correct config.json")
@@ -197,6 +204,8 @@ class Fields:
             value = self._values[name]
             if name == "layer_types" and isinstance(value, list) and set(map(str, value)) <= {"full_attention"}:
                 continue
+            if name == "is_causal" and value is False:
+                self.refuse(name, "attention is causal")
             if name in _REFUSED and value not in (None, False, 0, "", [], {}):
                 self.refuse(name, _REFUSED[name])
-        return [name for name in rest if name not in _REFUSED]
+        return [name for name in rest if name not in _REFUSED and name != "is_causal"]

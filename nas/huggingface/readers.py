@@ -12,7 +12,7 @@ from typing import Any
 
 from nas.huggingface.fields import Fields
 from nas.huggingface.imported import Scales
-from search_spaces.config import attention_kind
+from search_spaces.config import MOST, attention_kind
 from search_spaces.layerwise import multipliers, round_to_multiple
 
 
@@ -85,7 +85,7 @@ def _gpt_neo(f: Fields) -> Read:
 def _gpt_neo_layers(f: Fields, layers: int) -> list[str]:
     """Whether each layer's attention is "global" or "local"."""
     try:
-        kinds = [str(kind) for names, times in f.get("attention_types") for _ in range(times) for kind in names]
+        kinds = [str(kind) for names, times in f.get("attention_types") for _ in range(min(times, layers + 1)) for kind in names]
     except (TypeError, ValueError):
         f.refuse("attention_types", "it is not a list of [kinds, how many times]")
     if len(kinds) != layers or not set(kinds) <= {"global", "local"}:
@@ -339,7 +339,7 @@ def _spread(f: Fields, name: str, layers: int) -> list[float]:
         points *= layers
     elif len(points) == 2:
         points = multipliers((points[0], points[1] if layers > 1 else points[0]), layers)
-    if len(points) != layers or min(points) <= 0:
+    if len(points) != layers or not 0 < min(points) <= max(points) <= MOST:
         f.refuse(name, f"it is not a positive number, two of them, or one for each of {layers} layers")
     return points
 

@@ -49,6 +49,8 @@ def load(folder: Path, imported: Imported) -> SLM:
         found: dict[str, tuple[Any, str]] = {}
         for name, file in files.items():
             plain = name.removeprefix("model.") if name.startswith(f"model.{names.prefix}") else name
+            if imported.family == "opt" and plain.startswith("decoder."):  # its bare model keeps a prefix of its own
+                plain = f"model.{plain}"
             known = plain.startswith((names.prefix, f"{names.head}."))
             found[plain if known else names.prefix + plain] = (file, name)
         model = SLM(imported.config)

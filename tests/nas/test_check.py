@@ -162,7 +162,7 @@ def test_a_server_that_does_not_listen_is_told_with_how_to_start_it(tmp_path: Pa
     assert list(steps) == ["tools", "reachable"]
     assert steps["reachable"].detail == (
         f"nothing listens at 127.0.0.1:{port} (Connection refused); start the server on the device with "
-        f"`TVM_USE_RUNTIME_LIB=1 python -m tvm.exec.rpc_server --host 127.0.0.1 --port {port}`, or its SSH tunnel"
+        f"`TVM_USE_RUNTIME_LIB=1 python -m tvm.exec.rpc_server --host 127.0.0.1 --port {port} --port-end {port + 1}`, or its SSH tunnel"
     )
 
 

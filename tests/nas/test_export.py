@@ -172,6 +172,9 @@ def test_exporting_again_into_the_same_folder_replaces_it(exported: Path, search
     export_trial(run, other.trial, exported)
     assert model_at(exported).config == other.config
     load_exported(exported)
+    (exported / "run.py").write_text("of a bundle")
+    export_trial(run, other.trial, exported)
+    assert not (exported / "run.py").exists(), "left of an export in another format"
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, searched: tuple[Run, Outcome]) -> None:
