@@ -82,6 +82,7 @@ def test_the_board_begins_anew_when_a_program_crashes_it(target: RpcTarget, prog
     assert target.measure(program, make_sample(CONFIG, TOKENS, 0), QUICK).errors
 
 
+@pytest.mark.slow
 def test_a_search_runs_against_the_board(target: RpcTarget, tmp_path: Path) -> None:
     corpus = load_corpus(str(write_speeches(tmp_path / "speeches.jsonl")))
     given = settings(timing=QUICK, workload=Workload(prompt_bytes=16, generate_bytes=16))
@@ -94,7 +95,6 @@ def test_a_search_runs_against_the_board(target: RpcTarget, tmp_path: Path) -> N
         assert max(evaluation.measurement["errors"].values()) < 1e-4
 
 
-@pytest.mark.slow
 def test_the_commands_of_the_page_work_with_the_board(board_desk: Process, tmp_path: Path) -> None:
     """As a user adds a pool and checks it; then a search on it and a model that it has no room for, from the command line."""
     places = {"PYTHONPATH": ROOT, "EDGEWISE_CACHE": tmp_path / "cache", "EDGEWISE_CONFIG": tmp_path / "config"}
