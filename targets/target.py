@@ -80,6 +80,10 @@ def make_target(spec: DeviceSpec, cache_dir: Path | None = None) -> Target:
     if spec.kind == "null":
         from targets.null import NullTarget
 
+        if not (spec.read_bytes_per_s and spec.flops_per_s):
+            raise InvalidDevice(
+                f"target {spec.name!r}: read_bytes_per_s and flops_per_s are missing; add them to its file, or begin with --like null"
+            )
         return NullTarget(spec)
     if spec.kind == "local":
         from targets.local import LocalTarget
