@@ -1,18 +1,20 @@
 """A config on a target, measured: what a request costs there, after the compiled program equalled PyTorch."""
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cost_models.program import state_name
+from cost_models.program import build_program, state_name
 from search_spaces.config import SLMConfig
 from search_spaces.counting import kv_bytes_per_token
 from search_spaces.stages import cache_names
 from search_spaces.workload import RequestTokens, Workload
 from targets.arrays import write_arrays
-from targets.measurement import Measurement
+from targets.measurement import Measurement, Timing
 from targets.program import ROWS, Sample, Step
+from targets.target import Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +64,31 @@ def latency(measurement: Measurement, config: SLMConfig, tokens: RequestTokens, 
         peak_bytes=measurement.packed_bytes + kv_bytes_per_token(config) * tokens.total + max(measurement.workspace_bytes.values()),
         measurement=measurement,
     )
+
+
+def measure_request(
+    target: Target,
+    config: SLMConfig,
+    tokens: RequestTokens,
+    workload: Workload,
+    *,
+    seed: int,
+    model: "SLM | None",
+    precision: "Precision",
+    timing: Timing,
+) -> Latency:
+    """Compiles a model for a request, checks it and times it; nothing of it is kept.
+
+    Args:
+        seed, model, precision: as for `make_sample`.
+
+    Raises:
+        TargetError: if it cannot be compiled or measured, or differs from PyTorch.
+    """
+    with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
+        artifact = target.compile(build_program(config, tokens, precision), Path(folder))
+        measurement = target.measure(artifact, make_sample(config, tokens, seed, model, precision), timing)
+    return latency(measurement, config, tokens, workload)
 
 
 def make_sample(config: SLMConfig, tokens: RequestTokens, seed: int, model: "SLM | None" = None, precision: "Precision" = "fp32") -> Sample:

@@ -20,9 +20,8 @@ from nas.limits import broken, settled
 from nas.measuring import DeviceWork
 from nas.settings import Bench
 from nas.trained import train
-from nas.trial import Trial, first_line
+from nas.trial import Trial, first_line, with_counts
 from search_spaces.config import SLMConfig
-from search_spaces.counting import count, peak_bytes
 from search_spaces.workload import RequestTokens, assumed_bytes_per_token
 from targets.target import TargetError
 
@@ -154,10 +153,10 @@ def _prepare(trial: Trial, before: Sequence[Evaluation], under_way: Sequence[Eva
     with trial.step("count"):
         config = bench.space.config(evaluation.params_drawn)
         tokens = bench.settings.workload.tokens(assumed_bytes_per_token(vocab))
-        requested = _counted(evaluation, config, tokens)
+        requested = with_counts(evaluation, config, tokens)
         # The real vocabulary may be smaller than the requested one: a limit rules out only what would break it with none
         # but the bytes. (Both, as a space's smallest size is broken from the other side.)
-        least = _counted(evaluation, dataclasses.replace(config, vocab_size=min(config.vocab_size, MIN_VOCAB_SIZE)), tokens)
+        least = with_counts(evaluation, dataclasses.replace(config, vocab_size=min(config.vocab_size, MIN_VOCAB_SIZE)), tokens)
         waits = _equal_to(requested, under_way) is not None
         early = None if waits else _ruled_out(bench, requested, before, least.evolve(bytes_per_token=assumed_bytes_per_token(vocab)))
         if early is not None:
@@ -169,7 +168,7 @@ def _prepare(trial: Trial, before: Sequence[Evaluation], under_way: Sequence[Eva
         tokenizer = train_tokenizer(bench.corpus, vocab, bench.run.tokenizer_path(vocab))
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
         tokens = bench.settings.workload.tokens(tokenizer.bytes_per_token)
-        counted = _counted(evaluation, config, tokens).evolve(bytes_per_token=tokenizer.bytes_per_token)
+        counted = with_counts(evaluation, config, tokens).evolve(bytes_per_token=tokenizer.bytes_per_token)
         waits = _equal_to(counted, under_way) is not None
         decided = _ruled_out(bench, counted, before)
         if decided is None and tokens.total > config.context:
@@ -197,21 +196,6 @@ def _equal_to(counted: Evaluation, others: Sequence[Evaluation]) -> Evaluation |
     """The first of these trials with the same model in the same precision."""
     same = (counted.config, counted.weights)
     return next((e for e in others if (e.config, e.weights) == same and e.duplicate_of is None), None)
-
-
-def _counted(evaluation: Evaluation, config: SLMConfig, tokens: RequestTokens) -> Evaluation:
-    """The record with what the architecture alone says; memory and FLOPs are those of the request, as far as it fits."""
-    total = min(tokens.total, config.context)
-    prompt = min(tokens.prompt, total)
-    counts = count(config, context=min(tokens.mid_context, config.context - 1), precision=evaluation.weights)
-    return evaluation.evolve(
-        config=config,
-        params=counts.params,
-        flops_per_token=counts.flops_per_token,
-        weight_bytes=counts.weight_bytes,
-        kv_bytes_per_token=counts.kv_bytes_per_token,
-        peak_bytes=peak_bytes(config, prompt_tokens=prompt, context=total, precision=evaluation.weights),
-    )
 
 
 def _estimated(bench: Bench, counted: Evaluation, config: SLMConfig, tokens: RequestTokens) -> Evaluation:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -144,8 +143,6 @@ def _measured(
             that takes none.
         TargetError: if it cannot be compiled or measured, or differs from PyTorch.
     """
-    import tempfile
-
     from cost_models.roofline import Roofline
     from nas.describe import format_bytes
     from nas.errors import UserError
@@ -180,17 +177,14 @@ def _measured(
             f"measure a smaller model{'' if precision == 'int4' else ', or one in fewer bits with --weights'}"
         )
 
-    from cost_models.measured import latency, make_sample
+    from cost_models.measured import measure_request
     from cost_models.profile import profiles
-    from cost_models.program import build_program
 
     timing = Timing(profile_share=_PROFILE_SHARE) if with_profile else Timing()
-    with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
-        artifact = device.compile(build_program(config, tokens, precision), Path(folder))
-        measurement = device.measure(artifact, make_sample(config, tokens, 0, model, precision), timing)
+    measured = measure_request(device, config, tokens, workload, seed=0, model=model, precision=precision, timing=timing)
+    measurement = measured.measurement
     if with_profile and measurement.profile is None:
         raise UserError(f"target {device.spec.name!r} cannot tell where its time goes; leave out --profile, or choose another --target")
-    measured = latency(measurement, config, tokens, workload)
     counts = count(config, context=tokens.mid_context, precision=precision)
     return {
         "model": named.name,

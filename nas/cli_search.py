@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nas.cli_show import cache_dir
+from nas.cli_show import cache_dir, say
 from nas.cli_types import PRECISION_HELP, Count, Duration, Precisions, Size
 from targets.quiet import working
 
@@ -121,13 +120,14 @@ def search_command(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     click.get_current_context().with_resource(working())  # all of a search is work that other searches' measurements stop
 
+    from nas.run import file_name
     from search_spaces.space import load_space
     from targets.spec import load_spec
     from targets.target import load_target
 
     loaded_space = load_space(space)
     specs = [load_spec(target) for target in targets]
-    where = run_path or Path("runs") / "-".join(_folder_name(name) for name in (loaded_space.name, *(spec.name for spec in specs)))
+    where = run_path or Path("runs") / "-".join(file_name(name, "run") for name in (loaded_space.name, *(spec.name for spec in specs)))
 
     from nas.errors import UserError
     from nas.models import named_model
@@ -194,13 +194,13 @@ def _show_outcome(outcome: "Outcome", run: "Run", where: Path, speed: "Speed", a
         click.echo(json.dumps(front_json(outcome.evaluations, speed, run.devices, run.references()), indent=1))
     if outcome.interrupted:
         done = len(outcome.evaluations)
-        _say(f"interrupted with {done} trials done; the same command goes on from there; so far: {where / 'report.html'}")
+        say(f"interrupted with {done} trials done; the same command goes on from there; so far: {where / 'report.html'}")
         raise click.exceptions.Exit(1)
     if outcome.front and outcome.chosen is not None:
         models = "model is" if len(outcome.front) == 1 else "models are"
         which = "joint front" if len(run.devices) > 1 else "front"
-        _say(f"{len(outcome.front)} {models} on the {which}: edgewise front {where}; report: {where / 'report.html'}")
-        _say(f"take the default choice: edgewise export {where} --trial {outcome.chosen.trial} --to DIR")
+        say(f"{len(outcome.front)} {models} on the {which}: edgewise front {where}; report: {where / 'report.html'}")
+        say(f"take the default choice: edgewise export {where} --trial {outcome.chosen.trial} --to DIR")
         return
     states = [e.state for e in outcome.evaluations]
     reason = next((e.reason for e in reversed(outcome.evaluations) if e.reason), "no trial was finished")
@@ -245,15 +245,6 @@ def front_command(run_path: Path, target: str | None, as_json: bool) -> None:
         click.echo(json.dumps(front_json(evaluations, speed, devices, references), indent=1))
     else:
         _print_front(evaluations, speed, devices, references)
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)
-
-
-def _folder_name(name: str) -> str:
-    """A name as one folder name: it cannot lead anywhere else."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "run"
 
 
 def _stderr_console() -> Any:

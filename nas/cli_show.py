@@ -29,3 +29,8 @@ def table(rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         cells = [cell.rjust(widths[i]) if figures and i > 0 else cell.ljust(widths[i]) for i, cell in enumerate(row)]
         click.echo("  ".join(cells).rstrip())
+
+
+def say(text: str) -> None:
+    """A line for people on stderr, which leaves stdout to results."""
+    click.echo(text, err=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nas.cli_show import say
 from nas.cli_types import Count, Duration, Size
 from targets.quiet import working
 
@@ -122,7 +123,7 @@ def train_command(
         )
         if folder.result is not None:
             folder.clear()
-            _say(f"{out} is trained already; to train further, give it as --init and another --out")
+            say(f"{out} is trained already; to train further, give it as --init and another --out")
         else:
             from nas.evaluation import write_whole
             from nas.pretraining import Interrupted, keep_memory, pretrain
@@ -148,7 +149,7 @@ def train_command(
                         checkpoint_every_s=checkpoint_every,
                     )
             except Interrupted:
-                _say(f"interrupted; the same command goes on from there; so far: {folder.report_path}")
+                say(f"interrupted; the same command goes on from there; so far: {folder.report_path}")
                 raise click.exceptions.Exit(1) from None
     _show(folder, as_json)
 
@@ -165,7 +166,7 @@ def _show(folder: "TrainingFolder", as_json: bool) -> None:
     rate = format_rate(result["tokens"] / result["train_s"] if result["train_s"] > 0 else None)
     bpb = format_bpb(result["val_bpb"], result["val_bpb_stderr"])
     click.echo(f"{bpb} bits per byte after {format_count(result['tokens'])} tokens, {format_s(result['train_s'])}, {rate} tokens/s")
-    _say(f"the model: {folder.path}; report: {folder.report_path}")
+    say(f"the model: {folder.path}; report: {folder.report_path}")
 
 
 def _device(name: str | None) -> "torch.device":
@@ -283,7 +284,3 @@ def _ceiling(device: "torch.device", precision: "Arithmetic") -> float:
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - begin)
     return 2.0 * size**3 / best
-
-
-def _say(text: str) -> None:
-    click.echo(text, err=True)

@@ -4,8 +4,6 @@ Each has a record like that of a trial, in the run folder under its name, and is
 """
 
 import math
-import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +12,11 @@ from nas.describe import format_bytes
 from nas.errors import UserError
 from nas.evaluation import Evaluation
 from nas.models import NamedModel
+from nas.run import file_name
 from nas.settings import Bench
-from nas.trial import first_line
-from search_spaces.counting import count, kv_bytes, peak_bytes
+from nas.trial import first_line, with_counts
+from search_spaces.counting import kv_bytes
 from search_spaces.workload import assumed_bytes_per_token
-from targets.quiet import working
 from targets.target import Target, TargetError
 
 if TYPE_CHECKING:
@@ -35,7 +33,7 @@ def file_names(models: Sequence[NamedModel]) -> list[str]:
     Raises:
         UserError: if two models come to the same.
     """
-    names = [re.sub(r"[^A-Za-z0-9._-]+", "-", model.name).strip(".-") or "model" for model in models]
+    names = [file_name(model.name, "model") for model in models]
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
         raise UserError(f"--reference {twice} is there twice; name each model once, and rename folders that are called alike")
@@ -102,20 +100,8 @@ def _counted(bench: Bench, model: NamedModel, tokenizer: "Tokenizer | None") -> 
     else:
         text = bench.corpus.validation
         bytes_per_token = sum(len(d.encode()) for d in text) / max(1, sum(map(len, tokenizer.encode_batch(text))))
-    tokens = bench.settings.workload.tokens(bytes_per_token)
-    total = min(tokens.total, config.context)
-    counts = count(config, context=min(tokens.mid_context, config.context - 1), precision=precision)
-    return Evaluation(
-        trial=NO_TRIAL,
-        config=config,
-        weights=precision,
-        bytes_per_token=bytes_per_token,
-        params=counts.params,
-        flops_per_token=counts.flops_per_token,
-        weight_bytes=counts.weight_bytes,
-        kv_bytes_per_token=counts.kv_bytes_per_token,
-        peak_bytes=peak_bytes(config, prompt_tokens=min(tokens.prompt, total), context=total, precision=precision),
-    )
+    record = Evaluation(trial=NO_TRIAL, weights=precision, bytes_per_token=bytes_per_token)
+    return with_counts(record, config, bench.settings.workload.tokens(bytes_per_token))
 
 
 def _does_not_fit(bench: Bench, model: NamedModel, record: Evaluation, target: Target) -> str | None:
@@ -135,20 +121,17 @@ def _does_not_fit(bench: Bench, model: NamedModel, record: Evaluation, target: T
 
 def _figures(bench: Bench, record: Evaluation, weights: "SLM | None", target: Target) -> dict[str, Any]:
     """What the model costs on a device, as a trial's record has it; its numbers are checked first."""
-    from cost_models.measured import latency, make_sample
-    from cost_models.program import build_program
+    from cost_models.measured import measure_request
 
     assert record.config is not None
     assert record.bytes_per_token is not None
-    config, settings = record.config, bench.settings
+    settings = bench.settings
     tokens = settings.workload.tokens(record.bytes_per_token)
-    with tempfile.TemporaryDirectory(prefix="edgewise-") as folder:
-        with working():
-            program = build_program(config, tokens, record.weights)
-        artifact = target.compile(program, Path(folder))
-        sample = make_sample(config, tokens, settings.seed, weights, record.weights)
-        measurement = target.measure(artifact, sample, settings.timing)
-    return latency(measurement, config, tokens, settings.workload).to_dict()
+    measured = measure_request(
+        target, record.config, tokens, settings.workload,
+        seed=settings.seed, model=weights, precision=record.weights, timing=settings.timing,
+    )  # fmt: skip
+    return measured.to_dict()
 
 
 def _scored(bench: Bench, model: NamedModel, record: Evaluation, weights: "SLM", tokenizer: "Tokenizer") -> Evaluation:

@@ -218,6 +218,11 @@ class Run:
             yield
 
 
+def file_name(name: str, otherwise: str) -> str:
+    """A name as one that a file or folder may have: it cannot lead anywhere else; `otherwise` if nothing of it is left."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or otherwise
+
+
 @contextmanager
 def locked(path: Path, what: str, option: str) -> Iterator[None]:
     """Holds a lock file for this process; the lock goes with the process, however it ends.

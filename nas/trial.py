@@ -9,6 +9,7 @@ from typing import Any
 from nas.evaluation import Evaluation
 from nas.settings import Bench
 from search_spaces.config import SLMConfig
+from search_spaces.counting import count, peak_bytes
 from search_spaces.precision import Precision
 from search_spaces.workload import RequestTokens
 from targets.quiet import yield_to_measuring
@@ -89,6 +90,21 @@ class Trial:
         """The request in tokens of its tokenizer."""
         assert self._evaluation.bytes_per_token is not None
         return self.bench.settings.workload.tokens(self._evaluation.bytes_per_token)
+
+
+def with_counts(evaluation: Evaluation, config: SLMConfig, tokens: RequestTokens) -> Evaluation:
+    """The record with what the architecture alone says; memory and FLOPs are those of the request, as far as it fits."""
+    total = min(tokens.total, config.context)
+    prompt = min(tokens.prompt, total)
+    counts = count(config, context=min(tokens.mid_context, config.context - 1), precision=evaluation.weights)
+    return evaluation.evolve(
+        config=config,
+        params=counts.params,
+        flops_per_token=counts.flops_per_token,
+        weight_bytes=counts.weight_bytes,
+        kv_bytes_per_token=counts.kv_bytes_per_token,
+        peak_bytes=peak_bytes(config, prompt_tokens=prompt, context=total, precision=evaluation.weights),
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -19,15 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from targets.cpu import Cpu
 from targets.host_compiler import ONE_THREAD, HostCompiler
-from targets.measurement import Measurement, Timing
-from targets.measurer import Measurer
-from targets.program import Program, Sample
-from targets.quiet import resting, wait_for_turn
+from targets.measured_target import MeasuredTarget
+from targets.quiet import wait_for_turn
 from targets.spec import DeviceSpec, InvalidDevice
 from targets.target import TargetError
-from targets.toolchain import toolchain
 from targets.tracker import NoServer, TrackerError, request, servers
 from targets.worker import Worker, WorkerError
 
@@ -63,7 +59,7 @@ class Patience:
     grace_s: float = 30.0
 
 
-class RpcTarget:
+class RpcTarget(MeasuredTarget):
     """A device that a TVM RPC server, or a tracker with several of them, gives access to.
 
     Args:
@@ -79,40 +75,14 @@ class RpcTarget:
     """Measuring leaves this machine free for other work."""
 
     def __init__(self, spec: DeviceSpec, cache_dir: Path | None = None, patience: Patience | None = None) -> None:
-        self._declared = _complete(spec)
-        self._spec: DeviceSpec | None = None
-        self._cpu: Cpu | None = None
-        self._finding_out = threading.Lock()
+        self._declared = _complete(spec)  # before anything is made
+        super().__init__(HostCompiler(cache_dir))
         self._patience = patience or Patience()
-        self._compiler = HostCompiler(cache_dir)
-        self._measurer = Measurer(self._compiler, self._run)
         self._closed = threading.Event()
         self._lost = False  # whether the last session was: a server that went down with it takes connections and never serves
-        self._lock = threading.Lock()
+        self._sessions = threading.Lock()
         self._idle: list[Worker] = []
         self._used: list[Worker] = []
-
-    @property
-    def spec(self) -> DeviceSpec:
-        """The device with its memory asked for, its small choices tried and its ceilings measured."""
-        with resting(), self._finding_out:
-            if self._spec is None:
-                spec = self._declared
-                if spec.backend != "llvm" and not (spec.arch and spec.memory_bytes):
-                    found, _ = self._run("asking for its GPU", _START_S, "targets.tvm_rpc:gpu", spec.backend)
-                    spec = _with(spec, arch=found["arch"], memory_bytes=found["memory_bytes"])
-                elif not spec.memory_bytes:
-                    found, _ = self._run("asking for its memory", _START_S, "targets.tvm_rpc:memory_bytes")
-                    spec = _with(spec, memory_bytes=found)
-                self._spec, self._cpu = self._measurer.find_out(spec)
-            return self._spec
-
-    @property
-    def cpu(self) -> Cpu:
-        """What the schedules need to know."""
-        assert self.spec, "found out at the first use"
-        assert self._cpu is not None
-        return self._cpu
 
     @property
     def parallel(self) -> int:
@@ -124,26 +94,10 @@ class RpcTarget:
         except TrackerError:
             return 1
 
-    def compile(self, program: Program, out_dir: Path) -> Path:
-        """Compiles for the device, on this machine; may be called from another thread than the rest.
-
-        Raises:
-            TargetError: if the compiler fails, crashes, takes too long, or the target is closed meanwhile.
-        """
-        return self._compiler.compile(program, toolchain(self.spec, self.cpu), out_dir)
-
-    def measure(self, artifact: Path, sample: Sample, timing: Timing) -> Measurement:
-        """Checks, then times, on the device; may be called from several threads at once.
-
-        Raises:
-            TargetError: if an output differs, no device is to be had within `Patience`, or every attempt failed.
-        """
-        return self._measurer.measure(self.spec, self.cpu, artifact, sample, timing)
-
     def close(self) -> None:
         """Ends all sessions and the compile worker, also in the middle of what other threads wait for."""
         self._closed.set()
-        with self._lock:
+        with self._sessions:
             for worker in self._used:  # the thread that uses one closes it
                 worker.kill()
             for worker in self._idle:
@@ -151,10 +105,20 @@ class RpcTarget:
             self._idle.clear()
         self._compiler.close()
 
+    def _known(self) -> DeviceSpec:
+        spec = self._declared
+        if spec.backend != "llvm" and not (spec.arch and spec.memory_bytes):
+            found, _ = self._run("asking for its GPU", _START_S, "targets.tvm_rpc:gpu", spec.backend)
+            return _with(spec, arch=found["arch"], memory_bytes=found["memory_bytes"])
+        if not spec.memory_bytes:
+            found, _ = self._run("asking for its memory", _START_S, "targets.tvm_rpc:memory_bytes")
+            return _with(spec, memory_bytes=found)
+        return spec
+
     # --- sessions ---------------------------------------------------------------------------------
 
     def _run(self, what: str, timeout_s: float, function: str, *args: Any) -> tuple[Any, bool | None]:
-        """Runs something in a session (`measurer.Run`), and in another one if that is lost."""
+        """Runs something in a session, and in another one if that is lost."""
         name, reason = self._declared.name, ""
         wait_for_turn()  # what this machine measures itself comes before the packing and comparing that it does for others
         for attempt in range(self._patience.attempts):
@@ -247,14 +211,14 @@ class RpcTarget:
     @contextmanager
     def _worker(self) -> Iterator[Worker]:
         """A child process for one session; it is kept for the next."""
-        with self._lock:
+        with self._sessions:
             self._check_open()
             worker = self._idle.pop() if self._idle else Worker({**ONE_THREAD, "TVM_USE_RUNTIME_LIB": "1"}, without=("torch",))
             self._used.append(worker)
         try:
             yield worker
         finally:
-            with self._lock:
+            with self._sessions:
                 self._used.remove(worker)
                 if self._closed.is_set():
                     worker.close()

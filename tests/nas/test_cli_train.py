@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 from search_helpers import write_speeches
 
@@ -15,15 +14,9 @@ from nas.export import load_exported
 from nas.pretraining import Plan
 from nas.training_view import TrainingView
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODEL = {"model_type": "edgewise", "vocab_size": 320, "d_model": 16, "num_layers": 1, "num_heads": 2, "context": 64}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -27,16 +27,10 @@ from nas.training_folder import TrainingFolder, check_free, training_folder
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def some_text() -> Corpus:

@@ -19,15 +19,9 @@ from nas.training_step import EMBEDDING_RATE, MATRIX_RATE, has_diverged, paramet
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BUDGET = Budget(train_bytes=24_000, window_bytes=256, batch_windows=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,7 @@ from nas.training_step import IGNORED, Learner, peak_rates, schedule
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(**values: object) -> SLMConfig:

@@ -123,7 +123,7 @@ def test_this_machine_is_not_kept_quiet_meanwhile(there: RpcTarget, small: Path,
 
 
 def test_the_parent_never_imports_tvm_for_it() -> None:
-    code = "import sys, targets.rpc, targets.tracker, targets.measurer; sys.exit('tvm' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, targets.rpc, targets.tracker, targets.measured_target; sys.exit('tvm' in sys.modules or 'torch' in sys.modules)"
     worker = Worker({})
     assert worker.call("child_functions:python", code, timeout_s=60) == 0
     worker.close()

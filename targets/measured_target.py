@@ -1,12 +1,13 @@
-"""`Measurer`: what every device that computes has in common once programs can be run on it: tuning, ceilings, measurements."""
+"""`MeasuredTarget`: what every device that TVM compiles for has in common: compiling, tuning, ceilings, measurements."""
 
 import dataclasses
 import json
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from targets.cpu import Cpu, Tuning
 from targets.files import whole
@@ -14,64 +15,74 @@ from targets.gpu import PROBE_PARTS, PROBE_SIZE, PROBE_WIDTH
 from targets.host_compiler import HostCompiler
 from targets.job import MANIFEST, PRODUCT_SIZE, READ_VALUES, Job
 from targets.measurement import Measurement, Timing
-from targets.program import Sample
-from targets.quiet import working
+from targets.program import Program, Sample
+from targets.quiet import resting, working
 from targets.spec import DeviceSpec
 from targets.toolchain import processor, toolchain
 
 _FIRST_LOOK_TIMEOUT_S = 180.0
 
 
-class Run(Protocol):
-    """Calls a function of `tvm_run` or `tvm_tune` where the device is reached."""
+class MeasuredTarget(ABC):
+    """A target whose programs are compiled here by TVM. Where they are run is what those below it say.
 
-    def __call__(self, what: str, timeout_s: float, function: str, *args: Any) -> tuple[Any, bool | None]:
-        """What the function gives after its session, and whether all other work of ours on this machine had stopped meanwhile.
+    Args:
+        compiler: compiles for it, and keeps what is found out.
+    """
+
+    def __init__(self, compiler: HostCompiler) -> None:
+        self._compiler = compiler
+        self._spec: DeviceSpec | None = None
+        self._cpu: Cpu | None = None
+        self._finding_out = threading.Lock()
+        self._lock = threading.Lock()
+        self._reference_best_s = 0.0
+
+    @abstractmethod
+    def _known(self) -> DeviceSpec:
+        """The device with everything known that is not tried or measured; asked once, at the first use."""
+
+    @abstractmethod
+    def _run(self, what: str, timeout_s: float, function: str, *args: Any) -> tuple[Any, bool | None]:
+        """Calls a function of `tvm_run` or `tvm_tune` where the device is reached.
+
+        Returns:
+            What the function gives after its session, and whether all other work of ours on this machine had stopped meanwhile.
 
         Raises:
             TargetError: if it fails; the message begins with `what`.
         """
-        ...
 
+    @property
+    def spec(self) -> DeviceSpec:
+        """The device with everything known, its small choices tried and its ceilings measured."""
+        with resting(), self._finding_out:
+            if self._spec is None:
+                self._spec, self._cpu = self._find_out(self._known())
+            return self._spec
 
-class Measurer:
-    """Finds out what a device can do, and measures programs on it.
+    @property
+    def cpu(self) -> Cpu:
+        """What the schedules need to know."""
+        assert self.spec, "found out at the first use"
+        assert self._cpu is not None
+        return self._cpu
 
-    Args:
-        compiler: compiles for it, and keeps what is found out.
-        run: runs something on it.
-    """
-
-    def __init__(self, compiler: HostCompiler, run: Run) -> None:
-        self._compiler, self._run = compiler, run
-        self._lock = threading.Lock()
-        self._reference_best_s = 0.0
-
-    def find_out(self, spec: DeviceSpec) -> tuple[DeviceSpec, Cpu]:
-        """The device with its ceilings, and its processor with the choices that are fastest there.
-
-        Args:
-            spec: with everything else known.
+    def compile(self, program: Program, out_dir: Path) -> Path:
+        """Compiles for the device, in the compile worker; may be called from another thread than the rest.
 
         Raises:
-            TargetError: if something cannot be compiled for it or run on it.
+            TargetError: if the compiler fails, crashes, takes too long, or the target is closed meanwhile.
         """
-        cpu = processor(spec)
-        if spec.backend == "llvm":
-            cpu = dataclasses.replace(cpu, tuned=self._tuning(spec, cpu))
-        self._compiler.probe(spec, toolchain(spec, cpu))  # now, so that no measurement waits for a compile to end
-        if spec.flops_per_s and spec.read_bytes_per_s:
-            return spec, cpu
-        best = self._best(spec, self._ceilings(spec, cpu))
-        flops_per_s = spec.flops_per_s or best["flops_per_s"]
-        return dataclasses.replace(spec, flops_per_s=flops_per_s, read_bytes_per_s=spec.read_bytes_per_s or best["read_bytes_per_s"]), cpu
+        return self._compiler.compile(program, toolchain(self.spec, self.cpu), out_dir)
 
-    def measure(self, spec: DeviceSpec, cpu: Cpu, artifact: Path, sample: Sample, timing: Timing) -> Measurement:
+    def measure(self, artifact: Path, sample: Sample, timing: Timing) -> Measurement:
         """Checks, then times.
 
         Raises:
-            TargetError: if an output differs, the program crashes or time is up.
+            TargetError: if an output differs, the program crashes, time is up, or the device is not to be had.
         """
+        spec, cpu = self.spec, self.cpu
         reference = _reference(spec, cpu)
         best_s = self._reference_best_s or 2.0 * reference[0] ** 3 / spec.flops_per_s
         with tempfile.TemporaryDirectory(prefix="sample-", dir=artifact.parent) as folder:
@@ -106,6 +117,25 @@ class Measurer:
             quiet=quiet,
             profile=record["profile"],
         )
+
+    def _find_out(self, spec: DeviceSpec) -> tuple[DeviceSpec, Cpu]:
+        """The device with its ceilings, and its processor with the choices that are fastest there.
+
+        Args:
+            spec: with everything else known.
+
+        Raises:
+            TargetError: if something cannot be compiled for it or run on it.
+        """
+        cpu = processor(spec)
+        if spec.backend == "llvm":
+            cpu = dataclasses.replace(cpu, tuned=self._tuning(spec, cpu))
+        self._compiler.probe(spec, toolchain(spec, cpu))  # now, so that no measurement waits for a compile to end
+        if spec.flops_per_s and spec.read_bytes_per_s:
+            return spec, cpu
+        best = self._best(spec, self._ceilings(spec, cpu))
+        flops_per_s = spec.flops_per_s or best["flops_per_s"]
+        return dataclasses.replace(spec, flops_per_s=flops_per_s, read_bytes_per_s=spec.read_bytes_per_s or best["read_bytes_per_s"]), cpu
 
     def _tuning(self, spec: DeviceSpec, cpu: Cpu) -> Tuning:
         """The small choices that were fastest there, tried at the first use of a device and kept in the cache."""
