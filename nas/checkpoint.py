@@ -33,15 +33,22 @@ class Progress:
     train_s: float = 0.0
 
 
-def save_checkpoint(path: Path, learner: Learner, progress: Progress) -> Path:
-    """Writes everything that training goes on from; the file before is there until this one is whole."""
+def save_checkpoint(path: Path, learner: Learner, progress: Progress, of: str = "") -> Path:
+    """Writes everything that training goes on from; the file before is there until this one is whole.
+
+    Args:
+        path: of the file.
+        learner: what was trained.
+        progress: how far.
+        of: what else decides a training besides the architecture; only the same is read back.
+    """
     tensors = {name: value.detach().cpu() for name, value in _tensors(learner)}
     # Losses are float32 where they are made, so nothing is lost.
     tensors["losses"] = torch.tensor(progress.losses, dtype=torch.float32)
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    header = {"config": learner.model.config.key, "step": len(progress.losses), "train_s": progress.train_s}
+    header = {"config": learner.model.config.key, "step": len(progress.losses), "train_s": progress.train_s, "of": of}
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as part:
         # One entry only: safetensors writes several in an order that changes from process to process.
@@ -49,11 +56,11 @@ def save_checkpoint(path: Path, learner: Learner, progress: Progress) -> Path:
     return path
 
 
-def load_checkpoint(path: Path, learner: Learner) -> Progress:
+def load_checkpoint(path: Path, learner: Learner, of: str = "") -> Progress:
     """Puts a learner where it was when the file was written; as it is, if there is none.
 
     Raises:
-        InvalidRun: if the file is damaged or of another model.
+        InvalidRun: if the file is damaged, or of another model or training (`of`).
     """
     if not path.exists():
         return Progress()
@@ -63,6 +70,8 @@ def load_checkpoint(path: Path, learner: Learner) -> Progress:
             header: dict[str, Any] = json.loads((file.metadata() or {})[_HEADER])
             if header["config"] != learner.model.config.key:
                 raise InvalidRun(f"checkpoint {str(path)!r} is of another architecture; {remedy}")
+            if header.get("of", "") != of:
+                raise InvalidRun(f"checkpoint {str(path)!r} is of another training; {remedy}")
             losses, step = file.get_tensor("losses").tolist(), int(header["step"])
             if len(losses) != step:
                 raise ValueError(f"{len(losses)} losses of {step} steps")

@@ -135,7 +135,8 @@ def _figures(bench: Bench, record: Evaluation, weights: "SLM | None", target: Ta
 
 
 def _scored(bench: Bench, model: NamedModel, record: Evaluation, weights: "SLM", tokenizer: "Tokenizer") -> Evaluation:
-    """The record with the bits per byte of the held-out documents, in the windows of text that candidates are scored in.
+    """The record with the bits per byte of the held-out documents, in the windows of text that candidates are scored in, and
+    what it scores on the file of `--accuracy`, if there is one.
 
     The weights are rounded, in place, to the precision that was measured.
     """
@@ -147,8 +148,10 @@ def _scored(bench: Bench, model: NamedModel, record: Evaluation, weights: "SLM",
     assert record.bytes_per_token is not None
     if record.weights != "fp32":
         round_weights(weights, record.weights)
-    window = min(model.config.context, model.exact_tokens, math.ceil(bench.settings.budget().window_bytes / record.bytes_per_token))
+    window = min(model.config.context, model.exact_tokens, math.ceil(bench.settings.budget().passage_bytes / record.bytes_per_token))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bpb, stderr = evaluate(weights.to(device), tokenizer, bench.corpus.validation, window)
     found = {"val_bpb": bpb, "val_bpb_stderr": stderr}
-    return record.evolve(score={**found, "window_tokens": window, "device": device}, **found)
+    accuracy = bench.settings.accuracy
+    task = {} if accuracy is None else {"task": accuracy.score(weights, tokenizer, window)}
+    return record.evolve(score={**found, "window_tokens": window, "device": device, **task}, **found)

@@ -7,9 +7,7 @@ for (how many bytes a token stands for, which corpus made it) is in NAME.meta.js
 import hashlib
 import json
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nas.corpus import Corpus, cut, load_corpus
+from nas.corpus import Corpus, load_corpus
 from nas.errors import InvalidRun, UserError
 from nas.evaluation import write_whole
 
@@ -37,10 +35,8 @@ REMEDY = "run the same search command again, it makes it anew"
 """What helps when a run's tokenizer or a front trial's weights are lost."""
 
 _FORMAT = 1
-_EXCERPT_BYTES = 8 * 1024
 _COUNTED_BYTES = 256 * 1024
 """Text that the bytes per token of a published tokenizer are counted on."""
-_KEPT = 8
 
 Tokens = npt.NDArray[np.integer[Any]]
 """Ids, one dimension."""
@@ -228,76 +224,6 @@ def _sample(documents: Sequence[str], most_bytes: int) -> Iterator[str]:
             taken += size
             # A first document longer than the whole sample is cut.
             yield document if size <= most_bytes else document.encode()[:most_bytes].decode(errors="ignore")
-
-
-class TokenisedCorpus:
-    """A corpus in one tokenizer's ids, made as they are asked for and kept."""
-
-    def __init__(self, corpus: Corpus, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._corpus = tokenizer, corpus
-        self._excerpts, self._sizes = _excerpts(corpus)
-        self._ids: dict[int, Tokens] = {}
-        self._validation: list[Tokens] | None = None
-        self.validation_bytes = [len(d.encode()) for d in corpus.validation]
-
-    def validation(self) -> list[Tokens]:
-        """Ids of each held-out document."""
-        if self._validation is None:
-            encoded = self._tokenizer.encode_batch(self._corpus.validation)
-            self._validation = [np.asarray(ids, dtype=np.int32) for ids in encoded]
-        return self._validation
-
-    def stream(self, most_bytes: int, seed: int) -> tuple[Tokens, int]:
-        """Training text in random order, an end of text before each excerpt and after the last, and its bytes.
-
-        The bytes are `most_bytes`, less the rest of a character that does not fit. Every excerpt is read once
-        before any is read again. The order depends on the seed and the corpus, not on the tokenizer.
-        """
-        generator = np.random.default_rng((seed, 0))
-        whole: list[int] = []
-        left = most_bytes
-        while True:
-            for i in generator.permutation(len(self._excerpts)).tolist():
-                if self._sizes[i] > left:
-                    head = self._excerpts[i].encode()[:left].decode(errors="ignore")
-                    return self._join(whole, head), most_bytes - left + len(head.encode())
-                whole.append(i)
-                left -= self._sizes[i]
-
-    def _join(self, whole: list[int], head: str) -> Tokens:
-        new = sorted(set(whole) - self._ids.keys())
-        for i, ids in zip(new, self._tokenizer.encode_batch([self._excerpts[i] for i in new]), strict=True):
-            self._ids[i] = np.asarray(ids, dtype=np.int32)
-        parts = [self._ids[i] for i in whole]
-        if head:
-            parts.append(np.asarray(self._tokenizer.encode(head), dtype=np.int32))
-        end = np.asarray([self._tokenizer.end_of_text], dtype=np.int32)
-        return np.concatenate([end, *(piece for part in parts for piece in (part, end))])
-
-
-@lru_cache(maxsize=2)
-def _excerpts(corpus: Corpus) -> tuple[list[str], list[int]]:
-    """Pieces of about 8 KB of the training documents, and their bytes.
-
-    A few long documents would be all that a short budget reads; excerpts of many say more about the corpus
-    (512 KB of State of the Union text is 10 speeches, or parts of 60).
-    """
-    pieces = [piece for document in corpus.train for piece in cut(document, _EXCERPT_BYTES)]
-    return pieces, [len(piece.encode()) for piece in pieces]
-
-
-_TOKENISED: "OrderedDict[tuple[str, str], TokenisedCorpus]" = OrderedDict()
-
-
-def tokenised(corpus: Corpus, tokenizer: Tokenizer) -> TokenisedCorpus:
-    """The corpus in this tokenizer's ids, shared by the trials of a process; the last few pairs are kept."""
-    key = (corpus.sha256, tokenizer.sha256)
-    if key not in _TOKENISED:
-        _TOKENISED[key] = TokenisedCorpus(corpus, tokenizer)
-        while len(_TOKENISED) > _KEPT:
-            _TOKENISED.popitem(last=False)
-    _TOKENISED.move_to_end(key)
-    return _TOKENISED[key]
 
 
 def _first_token(folder: Path, inner: tokenizers.Tokenizer) -> int | None:

@@ -1,16 +1,20 @@
 """Short training from scratch, scored in bits per byte: the accuracy that the search ranks candidates by.
 
-Every candidate reads the same text in the same order and takes (nearly) the same number of steps, whatever
-its vocabulary: budgets and windows are in bytes of text. The learning rate ends at zero inside the budget,
-because an unfinished decay ranks schedules, not architectures.
+Every candidate reads the same text in the same order, passage by passage (`nas.passages`), one a step, whatever its
+vocabulary: budgets, steps and windows are in bytes of text. The rate rises, stays, and ends at zero inside the budget,
+because an unfinished decay ranks schedules, not architectures. As the rate stays, one training gives the scores of several
+budgets (rungs): at each, a copy of the model is taken down to rate zero and scored, and the trunk goes on from where it was.
 """
 
+import copy
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +23,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nas.checkpoint import Progress, load_checkpoint, save_checkpoint
 from nas.corpus import Corpus
-from nas.errors import UserError
-from nas.tokenizer import Tokenizer, Tokens, tokenised
-from nas.training_step import IGNORED, MATRIX_RATE, Learner, has_diverged, schedule
+from nas.errors import InvalidRun, UserError
+from nas.passages import PASSAGE_BYTES, tokenised
+from nas.tokenizer import Tokenizer, Tokens
+from nas.training_step import IGNORED, Learner, Portion, cooldown_steps, has_diverged, trapezoid
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 from targets.quiet import yield_to_measuring
 
 _MOST_LOGITS = 4 * 1024 * 1024
 """Logits made at once while scoring: 16 MB of float32, about what a cache holds."""
+
+MATRIX_RATE = 5e-4
+OTHER_RATE = 2e-2
+"""Peak rates of a short training, of weight matrices at a width of 128 and 4 layers and of embeddings and vectors. The first is lower
+than where the rate falls all the way (`nas.training_step.MATRIX_RATE`), as it stays at its peak for most of the text."""
+
+OVERLAP = 0.25
+"""Share of a scoring window that is only context. Width 64, vocabulary 1,024, 256 KB: 0, 0.25, 0.5 and 0.75 score 2.2022, 2.1983,
+2.1982 and 2.1983; width 128, vocabulary 2,048: 2.0106, 2.0079, 2.0079, 2.0079. The time grows as 1 / (1 - overlap)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,20 +55,22 @@ class Budget:
     """
 
     train_bytes: int
-    window_bytes: int = 1024
-    """Text in a training window; in tokens, ceil(window_bytes / bytes per token), at most the model's context."""
-    batch_windows: int = 1
-    """Windows a step; a context too short for a window makes more, shorter ones of the same text."""
+    passage_bytes: int = PASSAGE_BYTES
+    """Text of a step; a context that is too short for a passage reads it in parts."""
     learning_rate: float | None = None
     """Peak rate of weight matrices at a width of 128 and 4 layers; None: the rule's."""
 
     def __post_init__(self) -> None:
-        for name in ("train_bytes", "window_bytes", "batch_windows"):
+        for name in ("train_bytes", "passage_bytes"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} is below 1; give a positive integer")
         rate = self.learning_rate
         if rate is not None and not (math.isfinite(rate) and rate > 0):
             raise UserError(f"learning_rate={rate} is not a positive number; give one above 0, or leave it out")
+
+    def window_tokens(self, config: SLMConfig, tokenizer: Tokenizer) -> int:
+        """Tokens of a window that a model is scored on: about a passage, at most the context."""
+        return min(config.context, math.ceil(self.passage_bytes / tokenizer.bytes_per_token))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +86,14 @@ class ProxyScore:
     train_tokens: int
     steps: int
     train_s: float
+    """Of all steps up to this score, the decays of earlier rungs left out."""
     eval_s: float
     first_train_bpb: float | None
     """Before the first update."""
     final_train_bpb: float | None
     """Mean over the last tenth of the steps."""
     window_tokens: int
-    batch_windows: int
+    """Of the windows that it is scored on."""
     learning_rate: float
     """Peak rate of weight matrices at a width of 128 and 4 layers."""
     seed: int
@@ -102,6 +120,183 @@ class ProxyScore:
         return cls(**values)
 
 
+class ShortTraining:
+    """A model in training, scored at one budget or, in ascending order, at several.
+
+    On a CPU the same arguments and number of threads give the same score to the bit, at every rung, whichever rungs came
+    before and wherever the training was saved and resumed; on CUDA some sums are taken in no fixed order.
+
+    Args:
+        config: the architecture; its `vocab_size` must hold every id of the tokenizer.
+        corpus: the text.
+        tokenizer: made for that corpus.
+        budget: of its portions and its rate; how far to train is said at `to`.
+        seed: of the initial weights and of the order of the text (not of each other: every candidate
+            with this seed reads the same text).
+        device: None: CUDA where there is one, else the CPU.
+        threads: CPU threads to use; None: as many as torch is set to. Set back after each call.
+
+    Raises:
+        UserError: if the tokenizer has more ids than the model.
+    """
+
+    def __init__(
+        self,
+        config: SLMConfig,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        budget: Budget,
+        seed: int,
+        *,
+        device: str | torch.device | None = None,
+        threads: int | None = None,
+    ) -> None:
+        if config.vocab_size < tokenizer.vocab_size:
+            raise UserError(
+                f"vocab_size={config.vocab_size} is below the {tokenizer.vocab_size} ids of the tokenizer; give the model "
+                f"{tokenizer.vocab_size}, or train a smaller tokenizer"
+            )
+        self._config, self._tokenizer, self._budget, self._seed, self._threads = config, tokenizer, budget, seed, threads
+        self._device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        self._text = tokenised(corpus, tokenizer, budget.passage_bytes)
+        self._rate = MATRIX_RATE if budget.learning_rate is None else budget.learning_rate
+        self._begin()
+        what = [corpus.sha256, tokenizer.sha256, budget.passage_bytes, self._rate, seed, str(self._device), threads]
+        self._identity = json.dumps(what)
+
+    def _begin(self) -> None:
+        model = SLM(self._config).initialise(self._seed).to(self._device)
+        self._learner = self._new_learner(model)
+        self._losses: list[float] = []
+        self._train_s = 0.0
+
+    @property
+    def trunk(self) -> SLM:
+        """The model at the constant rate, as far as it is."""
+        return self._learner.model
+
+    def save(self, path: Path) -> None:
+        """Writes the trunk whole: weights, moments, losses and with them its place."""
+        save_checkpoint(path, self._learner, Progress(losses=tuple(self._losses), train_s=self._train_s), self._identity)
+
+    def resume(self, path: Path) -> bool:
+        """Takes up the trunk that `save` wrote; False, and at its beginning, if there is none of this very training."""
+        self._begin()
+        if not path.is_file():
+            return False
+        try:
+            progress = load_checkpoint(path, self._learner, self._identity)
+        except InvalidRun:
+            self._begin()
+            return False
+        self._losses, self._train_s = list(progress.losses), progress.train_s
+        return True
+
+    def to(self, train_bytes: int, progress: Callable[[float], None] | None = None) -> tuple[SLM, ProxyScore]:
+        """Trains until so much text is read, the rate at zero, and scores on the held-out documents.
+
+        Args:
+            train_bytes: text to read, rounded up to whole passages; above that of the call before.
+            progress: called after each step with the share of this call's steps that are done, 0 to 1.
+
+        Returns:
+            The model, in evaluation mode, and its score.
+        """
+        order = self._text.order(train_bytes, self._seed)
+        rows = self._text.ids(order)
+        steps = len(order)
+        turn = steps - cooldown_steps(steps)
+        begun = len(self._losses)
+        assert begun <= turn, "rungs ascend"
+
+        def tell(step: int) -> None:
+            if progress is not None:
+                progress((step + 1 - begun) / (steps - begun))
+            yield_to_measuring()
+
+        with using_threads(self._threads) as threads:
+            start = time.perf_counter()
+            self._learner.model.train()
+            self._fit(self._learner, self._losses, rows[:turn], steps, tell)
+            self._train_s += time.perf_counter() - start
+
+            start = time.perf_counter()
+            # The trunk stays as it is: what is scored is a copy. (A diverged one has nothing to copy.)
+            learner, losses = (self._learner, self._losses) if has_diverged(self._losses or [0.0]) else self._copy()
+            self._fit(learner, losses, rows, steps, tell)
+            train_s = self._train_s + time.perf_counter() - start
+
+            return learner.model.eval(), self._scored(learner.model, losses, rows, order, train_s, threads)
+
+    def _new_learner(self, model: SLM) -> Learner:
+        return Learner(model, self._rate, other_rate=self._rate * OTHER_RATE / MATRIX_RATE)
+
+    def _copy(self) -> tuple[Learner, list[float]]:
+        learner = self._new_learner(copy.deepcopy(self._learner.model))
+        state = copy.deepcopy(self._learner.optimiser.state_dict())
+        learner.optimiser.load_state_dict(state)
+        return learner, list(self._losses)
+
+    def _fit(self, learner: Learner, losses: list[float], rows: Sequence[Tokens], steps: int, tell: Callable[[int], None]) -> None:
+        """Takes the steps from `len(losses)` to the last of `rows`, or to the one that diverged; adds the mean loss of each."""
+        on_cpu = self._device.type == "cpu"
+        waiting: list[Tensor] = []
+        first = len(losses)
+        if first and has_diverged(losses):
+            return
+        for step in range(first, len(rows)):
+            share = trapezoid(step, steps, self._budget.passage_bytes)
+            waiting.append(learner.step(self._portions(rows[step]), share))
+            # Reading a loss waits for the device: free on a CPU, costly each step on CUDA.
+            if on_cpu or len(waiting) == 20 or step == len(rows) - 1:
+                losses += torch.stack(waiting).tolist()
+                waiting.clear()
+                if has_diverged(losses):
+                    return
+            tell(step)
+
+    def _portions(self, ids: Tokens) -> list[Portion]:
+        """A passage as inputs and targets, in parts of at most the context."""
+        row = torch.from_numpy(ids.astype(np.int64)).to(self._device)[None]
+        size = self._config.context
+        return list(zip(row[:, :-1].split(size, 1), row[:, 1:].split(size, 1), strict=True))
+
+    def _scored(
+        self, model: SLM, losses: Sequence[float], rows: Sequence[Tokens], order: Sequence[int], train_s: float, threads: int
+    ) -> ProxyScore:
+        start = time.perf_counter()
+        diverged = has_diverged(losses)
+        window = self._budget.window_tokens(self._config, self._tokenizer)
+        bpb: float | None = None
+        stderr: float | None = None
+        if not diverged:
+            bpb, stderr = _score(model, self._text.validation(), self._text.validation_bytes, window, self._tokenizer.end_of_text)
+            if not math.isfinite(bpb):
+                bpb, stderr, diverged = None, None, True
+        eval_s = time.perf_counter() - start
+        read_bytes = sum(self._text.sizes[i] for i in order)
+        tokens = sum(len(ids) - 1 for ids in rows)
+        per_byte = tokens / read_bytes / math.log(2)
+        last = losses[-max(1, len(losses) // 10) :]
+        return ProxyScore(
+            val_bpb=bpb,
+            val_bpb_stderr=stderr,
+            diverged=diverged,
+            train_bytes=read_bytes,
+            train_tokens=tokens,
+            steps=len(losses),
+            train_s=train_s,
+            eval_s=eval_s,
+            first_train_bpb=losses[0] * per_byte if math.isfinite(losses[0]) else None,
+            final_train_bpb=sum(last) / len(last) * per_byte if math.isfinite(sum(last)) else None,
+            window_tokens=window,
+            learning_rate=self._rate,
+            seed=self._seed,
+            device=str(self._device),
+            threads=threads,
+        )
+
+
 def train(
     config: SLMConfig,
     corpus: Corpus,
@@ -112,85 +307,17 @@ def train(
     progress: Callable[[float], None] | None = None,
     threads: int | None = None,
 ) -> tuple[SLM, ProxyScore]:
-    """Trains a model from scratch and scores it on the held-out documents.
-
-    On a CPU the same arguments and number of threads give the same score to the bit; on CUDA some sums
-    are taken in no fixed order.
-
-    Args:
-        config: the architecture; its `vocab_size` must hold every id of the tokenizer.
-        corpus: the text.
-        tokenizer: made for that corpus.
-        budget: how much text, in what portions.
-        seed: of the initial weights and of the order of the text (not of each other: every candidate
-            with this seed reads the same text).
-        device: None: CUDA where there is one, else the CPU.
-        progress: called after each step with the share of the training done, 0 to 1.
-        threads: CPU threads to use; None: as many as torch is set to. Set back afterwards.
-
-    Returns:
-        The model, in evaluation mode, and its score.
-
-    Raises:
-        UserError: if the tokenizer has more ids than the model.
-    """
-    if config.vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"vocab_size={config.vocab_size} is below the {tokenizer.vocab_size} ids of the tokenizer; give the model "
-            f"{tokenizer.vocab_size}, or train a smaller tokenizer"
-        )
-    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    with using_threads(threads) as used_threads:
-        window = min(config.context, math.ceil(budget.window_bytes / tokenizer.bytes_per_token))
-        # By bytes, so that a short context or small vocabulary changes neither the text of a step nor the number of steps.
-        batch = max(1, round(budget.batch_windows * budget.window_bytes / (window * tokenizer.bytes_per_token)))
-        text = tokenised(corpus, tokenizer)
-        stream, read_bytes = text.stream(budget.train_bytes, seed)
-        model = SLM(config).initialise(seed).to(device)
-        rate = MATRIX_RATE if budget.learning_rate is None else budget.learning_rate
-
-        start = time.perf_counter()
-        losses = _fit(model, _windows(stream, window, tokenizer.end_of_text, seed, device), batch, rate, progress)
-        train_s = time.perf_counter() - start
-        diverged = has_diverged(losses)
-
-        start = time.perf_counter()
-        bpb: float | None = None
-        stderr: float | None = None
-        if not diverged:
-            bpb, stderr = _score(model, text.validation(), text.validation_bytes, window, tokenizer.end_of_text)
-            if not math.isfinite(bpb):
-                bpb, stderr, diverged = None, None, True
-        eval_s = time.perf_counter() - start
-
-    per_byte = (len(stream) - 1) / read_bytes / math.log(2)
-    last = losses[-max(1, len(losses) // 10) :]
-    score = ProxyScore(
-        val_bpb=bpb,
-        val_bpb_stderr=stderr,
-        diverged=diverged,
-        train_bytes=read_bytes,
-        train_tokens=len(stream) - 1,
-        steps=len(losses),
-        train_s=train_s,
-        eval_s=eval_s,
-        first_train_bpb=losses[0] * per_byte if math.isfinite(losses[0]) else None,
-        final_train_bpb=sum(last) / len(last) * per_byte if math.isfinite(sum(last)) else None,
-        window_tokens=window,
-        batch_windows=batch,
-        learning_rate=rate,
-        seed=seed,
-        device=str(device),
-        threads=used_threads,
-    )
-    return model.eval(), score
+    """Trains a model from scratch on the whole budget and scores it: a `ShortTraining` of one rung, whose arguments these are."""
+    training = ShortTraining(config, corpus, tokenizer, budget, seed, device=device, threads=threads)
+    return training.to(budget.train_bytes, progress)
 
 
 def evaluate(model: SLM, tokenizer: Tokenizer, documents: Sequence[str], window: int) -> tuple[float, float | None]:
     """Bits per byte of some documents, and its standard error over them.
 
-    bits per byte = sum of -log2 p(token) / bytes of UTF-8. Every token is scored once, in windows that do
-    not overlap; a window starts with the token before it, the first with the end of text.
+    bits per byte = sum of -log2 p(token) / bytes of UTF-8. Every token is scored once. Windows slide: each begins with the end
+    of text, as passages in training do, and its first quarter (but for a document's first window) is the text before,
+    which is context only. So no token is scored without context because of where a window happens to begin.
 
     With b_i bits and n_i bytes of document i of N, R = sum b / sum n, and its standard error is
     sqrt(N/(N-1) sum (b_i - R n_i)^2) / sum n, that of a ratio estimate (Cochran, Sampling Techniques, 3rd
@@ -215,48 +342,6 @@ def evaluate(model: SLM, tokenizer: Tokenizer, documents: Sequence[str], window:
     return _score(model, encoded, [len(d.encode()) for d in documents], min(window, model.config.context), tokenizer.end_of_text)
 
 
-# --- training ---------------------------------------------------------------------------------
-
-
-def _fit(model: SLM, windows: tuple[Tensor, Tensor], batch: int, rate: float, progress: Callable[[float], None] | None) -> list[float]:
-    """One pass over the windows; the mean loss in nats per token of each step, up to the one that diverged."""
-    inputs_WS, targets_WS = windows
-    steps = -(-inputs_WS.shape[0] // batch)
-    learner = Learner(model, rate)
-    on_cpu = inputs_WS.device.type == "cpu"
-    losses: list[float] = []
-    waiting: list[Tensor] = []
-    model.train()
-    for step in range(steps):
-        rows = slice(step * batch, (step + 1) * batch)
-        waiting.append(learner.step([(inputs_WS[rows], targets_WS[rows])], schedule(step, steps)))
-        # Reading a loss waits for the device: free on a CPU, costly each step on CUDA.
-        if on_cpu or len(waiting) == 20 or step == steps - 1:
-            losses += torch.stack(waiting).tolist()
-            waiting.clear()
-            if has_diverged(losses):
-                break
-        if progress is not None:
-            progress((step + 1) / steps)
-        yield_to_measuring()
-    return losses
-
-
-def _windows(stream: Tokens, window: int, end_of_text: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (W, S) of a stream, windows in a random order; the targets of padding are ignored.
-
-    The last window starts early, to be as long as the others: a step on a few tokens would be mostly noise.
-    """
-    length = len(stream) - 1
-    stream = np.pad(stream.astype(np.int64), (0, max(0, window - length)), constant_values=end_of_text)
-    starts = np.minimum(np.arange(0, length, window), max(0, length - window))
-    positions_WS = starts[:, None] + np.arange(window)
-    # Neighbours would put one document into a step; mixed windows give gradients that differ less from step to step.
-    positions_WS = np.random.default_rng((seed, 1)).permutation(positions_WS)
-    targets_WS = np.where(positions_WS < length, stream[positions_WS + 1], IGNORED)
-    return torch.from_numpy(stream[positions_WS]).to(device), torch.from_numpy(targets_WS).to(device)
-
-
 @contextmanager
 def using_threads(threads: int | None) -> Iterator[int]:
     """Has torch use so many threads for a while (None: as many as it does); gives how many it uses."""
@@ -276,32 +361,51 @@ def using_threads(threads: int | None) -> Iterator[int]:
 @torch.inference_mode()
 def _score(model: SLM, documents: Sequence[Tokens], sizes: Sequence[int], window: int, end_of_text: int) -> tuple[float, float | None]:
     device = next(model.parameters()).device
-    pieces: list[tuple[int, Tokens]] = []
-    for i, ids in enumerate(documents):
-        shifted = np.concatenate((np.asarray([end_of_text], dtype=np.int64), ids))
-        pieces += ((i, shifted[at : at + window + 1]) for at in range(0, len(ids), window))
+    pieces = [piece for i, ids in enumerate(documents) for piece in _windows(i, ids, window)]
     # Longest first, so that a batch holds windows of like length and little padding.
-    pieces.sort(key=lambda piece: -len(piece[1]))
+    pieces.sort(key=lambda piece: piece.begin - piece.end)
     nats = np.zeros(len(documents), dtype=np.float64)
     batch = max(1, _MOST_LOGITS // (window * model.config.vocab_size))
     training = model.training
     model.eval()
     for at in range(0, len(pieces), batch):
         rows = pieces[at : at + batch]
-        longest = len(rows[0][1]) - 1
+        longest = rows[0].end - rows[0].begin
         inputs = np.full((len(rows), longest), end_of_text, dtype=np.int64)
         targets = np.full((len(rows), longest), IGNORED, dtype=np.int64)
-        for row, (_, ids) in enumerate(rows):
-            inputs[row, : len(ids) - 1], targets[row, : len(ids) - 1] = ids[:-1], ids[1:]
-        logits_BSV = model(torch.from_numpy(inputs).to(device))
-        losses = F.cross_entropy(
-            logits_BSV.flatten(0, 1), torch.from_numpy(targets).to(device).flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        per_row = losses.view(len(rows), longest).double().sum(dim=1).cpu().numpy()
-        np.add.at(nats, [i for i, _ in rows], per_row)
+        for row, piece in enumerate(rows):
+            ids, context = documents[piece.document], piece.first - piece.begin
+            inputs[row, 1 : piece.end - piece.begin] = ids[piece.begin : piece.end - 1]
+            targets[row, context : piece.end - piece.begin] = ids[piece.first : piece.end]
+        counted = targets != IGNORED
+        x_BSD = model.body(torch.from_numpy(inputs).to(device))
+        logits_1NV = model.head(x_BSD[torch.from_numpy(counted).to(device)][None])
+        losses_N = F.cross_entropy(logits_1NV[0], torch.from_numpy(targets[counted]).to(device), reduction="none").double().cpu().numpy()
+        of_N = np.repeat([piece.document for piece in rows], longest).reshape(counted.shape)[counted]
+        np.add.at(nats, of_N, losses_N)
         yield_to_measuring()
     model.train(training)
     return bits_per_byte(nats / math.log(2), np.asarray(sizes, dtype=np.float64))
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Tokens begin to end of a document, after an end of text; those from `first` on are scored."""
+
+    document: int
+    begin: int
+    first: int
+    end: int
+
+
+def _windows(document: int, ids: Tokens, window: int) -> Iterator[_Window]:
+    overlap = min(window - 1, round(OVERLAP * window))
+    first = 0
+    while first < len(ids):
+        begin = max(0, first - overlap)
+        end = min(len(ids), begin + window)
+        yield _Window(document, begin, first, end)
+        first = end
 
 
 def bits_per_byte(bits: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64]) -> tuple[float, float | None]:

@@ -6,12 +6,14 @@ A step has portions (microbatches), whose gradients are summed, so that a batch 
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.training_kernels import IGNORED, causal_attention, head_gradients, keep_memory
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 
@@ -30,6 +32,8 @@ EMBEDDING_RATE = 1.5e-2
 REFERENCE_WIDTH = 128
 REFERENCE_DEPTH = 4
 WARMUP_SHARE = 0.05
+WARMUP_BYTES = 8 * 1024
+COOLDOWN_SHARE = 0.3
 WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.99)
 EPSILON = 1e-10
@@ -37,9 +41,6 @@ MOST_GRADIENT_NORM = 1.0
 
 DIVERGED_ABOVE = 1.5
 """A loss (mean of 8 steps) of this many times the first one counts as diverged."""
-
-IGNORED = -100
-"""The target of a position that has none."""
 
 Decay = Literal["linear", "cosine"]
 """How the rate falls after its rise: straight, or along half a cosine; to (nearly) zero at the last step either way."""
@@ -68,17 +69,25 @@ class Learner:
     Args:
         model: in the state to go on from.
         rate: peak rate of weight matrices at a width of 128 and 4 layers.
+        other_rate: peak rate of embeddings and vectors; None: see `peak_rates`.
         arithmetic: what products are computed in.
         compiled: whether torch.compile makes the step's code; the first step then takes minutes.
     """
 
-    def __init__(self, model: SLM, rate: float, *, arithmetic: Arithmetic = "fp32", compiled: bool = False) -> None:
+    def __init__(
+        self, model: SLM, rate: float, *, other_rate: float | None = None, arithmetic: Arithmetic = "fp32", compiled: bool = False
+    ) -> None:
         self.model = model
-        self.optimiser = torch.optim.AdamW(parameter_groups(model, rate), betas=BETAS, eps=EPSILON, fused=True)
+        self.optimiser = torch.optim.AdamW(parameter_groups(model, rate, other_rate), betas=BETAS, eps=EPSILON, fused=True)
         self._peaks = [group["lr"] for group in self.optimiser.param_groups]
         self._parameters = list(model.parameters())
         self._arithmetic = arithmetic
-        self._body = torch.compile(model.body) if compiled else model.body
+        on_cpu = self._parameters[0].device.type == "cpu"
+        if on_cpu:
+            keep_memory()
+        self._written_out = on_cpu and arithmetic == "fp32" and not compiled
+        body = partial(model.body, attend=causal_attention) if self._written_out else model.body
+        self._body = torch.compile(body) if compiled else body
         self._loss = torch.compile(self._loss_of) if compiled else self._loss_of
 
     def step(self, portions: Sequence[Portion], share: float) -> Tensor:
@@ -103,6 +112,8 @@ class Learner:
 
     def _add_gradients(self, inputs_BS: Tensor, targets_BS: Tensor, count: Tensor) -> list[Tensor]:
         """Backward through one portion; its share of the mean loss, in parts."""
+        if self._written_out:
+            return self._add_written_out(inputs_BS, targets_BS, count)
         with self._autocast():
             x_BSD = self._body(inputs_BS)
         if targets_BS.numel() <= _HEAD_TOKENS:
@@ -125,6 +136,15 @@ class Learner:
         x_1ND.backward(torch.cat(gradients, dim=1))  # type: ignore[no-untyped-call]
         return losses
 
+    def _add_written_out(self, inputs_BS: Tensor, targets_BS: Tensor, count: Tensor) -> list[Tensor]:
+        """The same by `nas.training_kernels`."""
+        head = self.model.head
+        h_ND = head.norm(self._body(inputs_BS)).flatten(0, 1)
+        parts = zip(torch.split(h_ND.detach(), _HEAD_TOKENS), torch.split(targets_BS.flatten(), _HEAD_TOKENS), strict=True)
+        found = [head_gradients(head, h_nD, targets_n, count) for h_nD, targets_n in parts]
+        h_ND.backward(torch.cat([gradient_nD for _, gradient_nD in found]) if len(found) > 1 else found[0][1])  # type: ignore[no-untyped-call]
+        return [loss for loss, _ in found]
+
     def _loss_of(self, x_BSD: Tensor, targets_BS: Tensor, count: Tensor) -> Tensor:
         logits_BSV = self.model.head(x_BSD)
         return F.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_BS.flatten(), ignore_index=IGNORED, reduction="sum") / count
@@ -142,6 +162,21 @@ def schedule(step: int, steps: int, decay: Decay = "linear") -> float:
     return min(1.0, (step + 1) / warmup, left if decay == "linear" else math.sin(left * math.pi / 2) ** 2)
 
 
+def trapezoid(step: int, steps: int, step_bytes: int) -> float:
+    """Share of the peak rate at a step of a short training: up, constant, straight down to (nearly) zero.
+
+    It rises over the first `WARMUP_BYTES` of text and falls over the last `COOLDOWN_SHARE` of the steps (Hägele et al., arXiv
+    2405.18392). Up to where it falls it does not depend on the number of steps, so that one training serves several budgets.
+    """
+    rise = max(1, round(WARMUP_BYTES / step_bytes))
+    return min(1.0, (step + 1) / rise) * min(1.0, (steps - step) / (cooldown_steps(steps) + 1))
+
+
+def cooldown_steps(steps: int) -> int:
+    """The last steps of a short training, over which the rate falls."""
+    return max(1, round(COOLDOWN_SHARE * steps))
+
+
 def has_diverged(losses: Sequence[float]) -> bool:
     """Whether the losses of all steps so far say that training will come to nothing."""
     # A mean, as one hard window after a good start is no divergence.
@@ -150,7 +185,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
     return not math.isfinite(mean) or mean > DIVERGED_ABOVE * losses[0]
 
 
-def peak_rates(config: SLMConfig, rate: float = MATRIX_RATE) -> tuple[float, float]:
+def peak_rates(config: SLMConfig, rate: float = MATRIX_RATE, other_rate: float | None = None) -> tuple[float, float]:
     """Peak rates of weight matrices, and of embeddings and vectors, by how the best of each changes with the model's size.
 
     Weight matrices: rate * 128/D * sqrt(4/L) with L effective layers. The update of a sum over D inputs
@@ -158,10 +193,10 @@ def peak_rates(config: SLMConfig, rate: float = MATRIX_RATE) -> tuple[float, flo
     measured (the figures are at the top of this file). Embeddings and vectors: the same for every model.
     """
     size = REFERENCE_WIDTH / config.d_model * math.sqrt(REFERENCE_DEPTH / config.num_layers)
-    return rate * size, rate * EMBEDDING_RATE / MATRIX_RATE
+    return rate * size, rate * EMBEDDING_RATE / MATRIX_RATE if other_rate is None else other_rate
 
 
-def parameter_groups(model: SLM, rate: float) -> list[dict[str, Any]]:
+def parameter_groups(model: SLM, rate: float, other_rate: float | None = None) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser: embeddings, weight matrices (which alone decay), vectors; see `peak_rates`."""
     embeddings, matrices, vectors = [], [], []
     for name, parameter in model.named_parameters():
@@ -171,7 +206,7 @@ def parameter_groups(model: SLM, rate: float) -> list[dict[str, Any]]:
             matrices.append(parameter)
         else:
             vectors.append(parameter)
-    matrix_rate, constant_rate = peak_rates(model.config, rate)
+    matrix_rate, constant_rate = peak_rates(model.config, rate, other_rate)
     groups = [
         {"params": embeddings, "lr": constant_rate, "weight_decay": 0.0},
         {"params": matrices, "lr": matrix_rate, "weight_decay": WEIGHT_DECAY},

@@ -10,7 +10,7 @@ R rotary dims, L latent rank, F inner FFN width, V vocabulary, n series terms.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -24,6 +24,13 @@ Rope = tuple[Tensor, Tensor]
 """cos and sin, each (S, R/2); of width 0 when positions are learned."""
 Cache = tuple[Tensor, ...]
 """Rows of one effective layer: (k_BCKd, v_BCKd), or for MLA (latent_BCL, k_rope_BCR)."""
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Causal attention of q_BHSd to k_BKSd and v_BKSv: o_BHSv."""
+
+
+def attend(q_BHSd: Tensor, k_BKSd: Tensor, v_BKSv: Tensor) -> Tensor:
+    """PyTorch's own; training on a CPU has a faster one (`nas.training_kernels`) of the same values but for rounding."""
+    return F.scaled_dot_product_attention(q_BHSd, k_BKSd, v_BKSv, is_causal=True, enable_gqa=q_BHSd.shape[1] != k_BKSd.shape[1])
 
 
 def rope_table(config: SLMConfig) -> Tensor:
@@ -175,13 +182,11 @@ class Attention(nn.Module):
         y_BSD = self.out(o_BSM)
         return y_BSD if self.shortcuts is None else y_BSD + self.shortcuts(x_BSD)
 
-    def prefill(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Cache]:
+    def prefill(self, x_BSD: Tensor, rope: Rope, attend: Attend = attend) -> tuple[Tensor, Cache]:
         """Causal attention among S normalised inputs; returns the output and the S rows to cache."""
         B, S, _ = x_BSD.shape
         q_BSHd, k_BSKd, v_BSKd = self._project(x_BSD, rope)
-        o_BHSd = F.scaled_dot_product_attention(
-            q_BSHd.transpose(1, 2), k_BSKd.transpose(1, 2), v_BSKd.transpose(1, 2), is_causal=True, enable_gqa=self.K != self.H
-        )
+        o_BHSd = attend(q_BSHd.transpose(1, 2), k_BSKd.transpose(1, 2), v_BSKd.transpose(1, 2))
         return self._finish(o_BHSd.transpose(1, 2).reshape(B, S, self.H * self.d), x_BSD), (k_BSKd, v_BSKd)
 
     def decode(self, x_B1D: Tensor, rope: Rope, cache: Cache) -> tuple[Tensor, Cache]:
@@ -229,7 +234,7 @@ class LatentAttention(nn.Module):
         y_BSD = self.out(o_BSM)
         return y_BSD if self.shortcuts is None else y_BSD + self.shortcuts(x_BSD)
 
-    def prefill(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Cache]:
+    def prefill(self, x_BSD: Tensor, rope: Rope, attend: Attend = attend) -> tuple[Tensor, Cache]:
         """Causal attention among S normalised inputs; returns the output and the S rows to cache."""
         B, S, _ = x_BSD.shape
         q_BSHd, q_rope_BSHR, c_BSL, k_rope_BSR = self._project(x_BSD, rope)
@@ -237,7 +242,7 @@ class LatentAttention(nn.Module):
         v_BSHv = F.linear(c_BSL, self.v_up.view(self.H * self.v, self.L)).view(B, S, self.H, self.v)
         q_BSHe = torch.cat((q_BSHd, q_rope_BSHR), dim=-1)
         k_BSHe = torch.cat((k_BSHd, k_rope_BSR[:, :, None, :].expand(B, S, self.H, self.R)), dim=-1)
-        o_BHSv = F.scaled_dot_product_attention(q_BSHe.transpose(1, 2), k_BSHe.transpose(1, 2), v_BSHv.transpose(1, 2), is_causal=True)
+        o_BHSv = attend(q_BSHe.transpose(1, 2), k_BSHe.transpose(1, 2), v_BSHv.transpose(1, 2))
         return self._finish(o_BHSv.transpose(1, 2).reshape(B, S, self.H * self.v), x_BSD), (c_BSL, k_rope_BSR)
 
     def decode(self, x_B1D: Tensor, rope: Rope, cache: Cache) -> tuple[Tensor, Cache]:
@@ -268,9 +273,9 @@ class Block(nn.Module):
         x_BSD = x_BSD + a_BSD
         return x_BSD + self.ffn(self.ffn.norm(x_BSD))
 
-    def prefill(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Cache]:
+    def prefill(self, x_BSD: Tensor, rope: Rope, attend: Attend = attend) -> tuple[Tensor, Cache]:
         normed_BSD = self.attention.norm(x_BSD)
-        a_BSD, rows = self.attention.prefill(normed_BSD, rope)
+        a_BSD, rows = self.attention.prefill(normed_BSD, rope, attend)
         return self._join(x_BSD, normed_BSD, a_BSD), rows
 
     def decode(self, x_B1D: Tensor, rope: Rope, cache: Cache) -> tuple[Tensor, Cache]:
@@ -359,11 +364,11 @@ class SLM(nn.Module):
         """Logits (B, S, V) of tokens (B, S), S at most `config.context`."""
         return self.head(self.body(tokens_BS))
 
-    def body(self, tokens_BS: Tensor) -> Tensor:
+    def body(self, tokens_BS: Tensor, attend: Attend = attend) -> Tensor:
         """What the head makes logits of, (B, S, D): training makes those of some tokens at a time."""
         x_BSD, cos, sin = self.embed(tokens_BS, torch.arange(tokens_BS.shape[1], device=tokens_BS.device))
         for block in self.blocks():
-            x_BSD, _ = block.prefill(x_BSD, (cos, sin))
+            x_BSD, _ = block.prefill(x_BSD, (cos, sin), attend)
         return x_BSD
 
     def prefill(self, tokens_BS: Tensor) -> tuple[Tensor, list[Cache]]:

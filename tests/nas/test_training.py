@@ -9,19 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nas import tokenizer as tokenizer_module
-from nas import training
+from nas import passages as passages_module
 from nas.corpus import Corpus, load_corpus
 from nas.errors import UserError
-from nas.tokenizer import TokenisedCorpus, Tokenizer, tokenised, train_tokenizer
-from nas.training import Budget, ProxyScore, bits_per_byte, evaluate, train
-from nas.training_step import EMBEDDING_RATE, MATRIX_RATE, has_diverged, parameter_groups, schedule
+from nas.tokenizer import Tokenizer, train_tokenizer
+from nas.training import Budget, ProxyScore, ShortTraining, bits_per_byte, evaluate, train
+from nas.training_step import EMBEDDING_RATE, MATRIX_RATE, cooldown_steps, has_diverged, parameter_groups, schedule, trapezoid
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BUDGET = Budget(train_bytes=24_000, window_bytes=256, batch_windows=2)
+BUDGET = Budget(train_bytes=24_000, passage_bytes=512)
 
 
 @pytest.fixture(scope="module")
@@ -73,21 +72,27 @@ def test_model_that_knows_nothing_scores_the_size_of_its_vocabulary(corpus: Corp
     assert 0 < stderr < 0.1 * untrained
 
 
-@pytest.mark.parametrize("window", [7, 64, 100, 10_000])
-def test_every_token_is_scored_once_from_the_one_before_it(
+@pytest.mark.parametrize("window", [1, 7, 64, 100, 10_000])
+def test_every_token_is_scored_once_with_a_quarter_of_a_window_before_it(
     corpus: Corpus, tokenizer: Tokenizer, trained: tuple[SLM, ProxyScore], window: int
 ) -> None:
     model, _ = trained
     documents = (*corpus.validation, "x", "Fellow-Citizens: é")
+    if window < 64:  # a model call for each of so many windows
+        documents = documents[-3:]
     bits, sizes = [], []
-    step = min(window, 256)
+    size = min(window, 256)
+    context = min(size - 1, round(size / 4))
     for document in documents:
-        ids = [tokenizer.end_of_text, *tokenizer.encode(document)]
-        total = 0.0
-        for at in range(0, len(ids) - 1, step):
-            piece = torch.tensor(ids[at : at + step + 1])
+        ids = tokenizer.encode(document)
+        total, first = 0.0, 0
+        while first < len(ids):
+            begin = max(0, first - context)
+            piece = torch.tensor([tokenizer.end_of_text, *ids[begin : begin + size]])
             with torch.no_grad():
-                total += F.cross_entropy(model(piece[None, :-1])[0], piece[1:], reduction="sum").item()
+                logits = model(piece[None, :-1])[0, first - begin :]
+            total += F.cross_entropy(logits, piece[1 + first - begin :], reduction="sum").item()
+            first = begin + size
         bits.append(total / math.log(2))
         sizes.append(len(document.encode()))
     got, _ = evaluate(model, tokenizer, documents, window)
@@ -142,8 +147,7 @@ def test_training_learns_and_says_what_it_did(corpus: Corpus, tokenizer: Tokeniz
     assert score.final_train_bpb is not None
     assert score.first_train_bpb == pytest.approx(untrained, rel=0.15)
     assert score.final_train_bpb == pytest.approx(score.val_bpb, rel=0.15)
-    assert score.train_bytes == BUDGET.train_bytes
-    assert score.steps == math.ceil(math.ceil(score.train_tokens / score.window_tokens) / score.batch_windows)
+    assert BUDGET.train_bytes <= score.train_bytes < BUDGET.train_bytes + 2 * 512
     assert score.steps == pytest.approx(24_000 / 512, rel=0.05)
     assert (score.device, score.threads, score.seed) == ("cpu", 1, 3)
     assert score.train_s > 0
@@ -154,7 +158,7 @@ def test_training_learns_and_says_what_it_did(corpus: Corpus, tokenizer: Tokeniz
 
 
 def test_same_seed_gives_the_same_bits(corpus: Corpus, tokenizer: Tokenizer, trained: tuple[SLM, ProxyScore]) -> None:
-    tokenizer_module._TOKENISED.clear()
+    passages_module._TOKENISED.clear()
     torch.manual_seed(99)
     model, score = train(config(tokenizer), corpus, tokenizer, BUDGET, seed=3, device="cpu")
     assert score.val_bpb == trained[1].val_bpb
@@ -166,7 +170,7 @@ def test_same_seed_gives_the_same_bits(corpus: Corpus, tokenizer: Tokenizer, tra
 def test_two_threads_repeat_themselves_and_are_set_back(corpus: Corpus, tokenizer: Tokenizer) -> None:
     # Very little text: two threads on a busy core wait for each other.
     short = Corpus(name="short", licence="", train=corpus.train, validation=(corpus.validation[0][:200], corpus.validation[1][:200]))
-    budget = Budget(train_bytes=600, window_bytes=256, batch_windows=1)
+    budget = Budget(train_bytes=600, passage_bytes=256)
     candidate = config(tokenizer, num_layers=1)
     scores = [train(candidate, short, tokenizer, budget, seed=0, device="cpu", threads=2)[1] for _ in range(2)]
     assert scores[0].val_bpb == scores[1].val_bpb
@@ -176,7 +180,7 @@ def test_two_threads_repeat_themselves_and_are_set_back(corpus: Corpus, tokenize
 
 @pytest.mark.parametrize("rate", [30.0, 1e30])
 def test_divergence_is_an_outcome(corpus: Corpus, tokenizer: Tokenizer, rate: float) -> None:
-    budget = Budget(train_bytes=24_000, window_bytes=256, batch_windows=2, learning_rate=rate)
+    budget = Budget(train_bytes=24_000, passage_bytes=512, learning_rate=rate)
     _, score = train(config(tokenizer), corpus, tokenizer, budget, seed=0, device="cpu")
     assert score.diverged
     assert score.val_bpb is None
@@ -194,7 +198,7 @@ def test_score_survives_json(trained: tuple[SLM, ProxyScore]) -> None:
 
 def test_progress_rises_to_one(corpus: Corpus, tokenizer: Tokenizer) -> None:
     shares: list[float] = []
-    budget = Budget(train_bytes=4000, window_bytes=256, batch_windows=2)
+    budget = Budget(train_bytes=4000, passage_bytes=512)
     _, score = train(config(tokenizer), corpus, tokenizer, budget, seed=0, device="cpu", progress=shares.append)
     assert len(shares) == score.steps
     assert shares == sorted(shares)
@@ -228,7 +232,7 @@ def test_interrupt_passes_through(corpus: Corpus, tokenizer: Tokenizer) -> None:
 )
 def test_other_architectures_learn(corpus: Corpus, tokenizer: Tokenizer, values: dict[str, object]) -> None:
     candidate = config(tokenizer, **values)
-    model, score = train(candidate, corpus, tokenizer, Budget(train_bytes=6000, window_bytes=256, batch_windows=2), seed=0, device="cpu")
+    model, score = train(candidate, corpus, tokenizer, Budget(train_bytes=6000, passage_bytes=512), seed=0, device="cpu")
     groups = parameter_groups(model, 1e-3)
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
@@ -239,7 +243,6 @@ def test_other_architectures_learn(corpus: Corpus, tokenizer: Tokenizer, values:
     assert score.first_train_bpb is not None
     assert score.val_bpb < 0.9 * score.first_train_bpb
     assert score.window_tokens <= candidate.context
-    assert score.window_tokens * score.batch_windows * tokenizer.bytes_per_token == pytest.approx(512, rel=0.1)
 
 
 def test_matrix_rate_falls_with_size_and_others_stay(tokenizer: Tokenizer) -> None:
@@ -262,6 +265,67 @@ def test_schedule_warms_up_and_ends_near_zero() -> None:
     assert shares[10:] == sorted(shares[10:], reverse=True)
 
 
+def test_trapezoid_is_the_same_for_every_length_up_to_where_it_falls() -> None:
+    for steps in (1, 2, 10, 64, 1000):
+        shares = [trapezoid(i, steps, 1024) for i in range(steps)]
+        turn = steps - cooldown_steps(steps)
+        assert shares[:turn] == [trapezoid(i, 10_000, 1024) for i in range(turn)]
+        assert all(0 < s <= 1 for s in shares)
+        assert shares[turn:] == sorted(shares[turn:], reverse=True) or steps < 30
+    assert shares[7] == shares[699] == 1.0
+    assert shares[3] == pytest.approx(0.5)
+    assert shares[-1] == pytest.approx(1 / 301)
+
+
+# --- rungs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def climbed(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> list[ProxyScore]:
+    training = ShortTraining(config(tokenizer), corpus, tokenizer, BUDGET, 3, device="cpu")
+    scores = [training.to(6_000)[1]]
+    training.save(folder / "trunk.safetensors")
+    return [*scores, training.to(24_000)[1]]
+
+
+def timeless(score: ProxyScore) -> dict[str, object]:
+    return {name: value for name, value in score.to_dict().items() if not name.endswith("_s")}
+
+
+def test_a_rung_scores_what_training_to_it_alone_does(climbed: list[ProxyScore], trained: tuple[SLM, ProxyScore]) -> None:
+    assert timeless(climbed[1]) == timeless(trained[1])
+    assert climbed[0].val_bpb is not None
+    assert climbed[1].val_bpb is not None
+    assert climbed[0].val_bpb > climbed[1].val_bpb
+    assert 6_000 <= climbed[0].train_bytes < 7_000
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(corpus: Corpus, tokenizer: Tokenizer, folder: Path, climbed: list[ProxyScore]) -> None:
+    training = ShortTraining(config(tokenizer), corpus, tokenizer, BUDGET, 3, device="cpu")
+    assert training.resume(folder / "trunk.safetensors")
+    first_step = training.to(24_000, lambda share: None)
+    assert timeless(first_step[1]) == timeless(climbed[1])
+
+
+@pytest.mark.parametrize("what", ["seed", "architecture", "damaged", "missing", "rate"])
+def test_a_trunk_of_another_training_is_not_taken_up(
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, climbed: list[ProxyScore], what: str, tmp_path: Path
+) -> None:
+    path = folder / "trunk.safetensors"
+    if what == "damaged":
+        path = tmp_path / "half.safetensors"
+        path.write_bytes((folder / "trunk.safetensors").read_bytes()[:-100])
+    elif what == "missing":
+        path = tmp_path / "none.safetensors"
+    values = {"num_layers": 1} if what == "architecture" else {}
+    budget = Budget(train_bytes=1, passage_bytes=512, learning_rate=1e-3) if what == "rate" else BUDGET
+    training = ShortTraining(config(tokenizer, **values), corpus, tokenizer, budget, 4 if what == "seed" else 3, device="cpu")
+    assert not training.resume(path)
+    assert not training._losses
+    fresh = SLM(training.trunk.config).initialise(4 if what == "seed" else 3)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), training.trunk.parameters(), strict=True))
+
+
 def test_what_cannot_be_trained_is_refused(corpus: Corpus, tokenizer: Tokenizer) -> None:
     with pytest.raises(
         UserError, match=r"^vocab_size=300 is below the 400 ids of the tokenizer; give the model 400, or train a smaller tokenizer$"
@@ -269,73 +333,21 @@ def test_what_cannot_be_trained_is_refused(corpus: Corpus, tokenizer: Tokenizer)
         train(config(tokenizer, vocab_size=300), corpus, tokenizer, BUDGET, seed=0)
     with pytest.raises(UserError, match=r"^train_bytes=0 is below 1; give a positive integer$"):
         Budget(train_bytes=0)
-    with pytest.raises(UserError, match=r"^batch_windows=0 is below 1"):
-        Budget(train_bytes=1, batch_windows=0)
+    with pytest.raises(UserError, match=r"^passage_bytes=0 is below 1"):
+        Budget(train_bytes=1, passage_bytes=0)
     for rate in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(UserError, match=f"^learning_rate={rate} is not a positive number; give one above 0, or leave it out$"):
             Budget(train_bytes=1, learning_rate=rate)
 
 
-# --- the text ---------------------------------------------------------------------------------
-
-
-def test_every_vocabulary_reads_the_same_text_in_as_many_steps(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
-    read, steps = [], []
-    for size in (257, 400, 1024):
+def test_every_vocabulary_takes_as_many_steps(corpus: Corpus, folder: Path) -> None:
+    scores = []
+    for size in (257, 1024):
         other = train_tokenizer(corpus, size, folder / f"{size}.json")
-        stream, count = TokenisedCorpus(corpus, other).stream(24_000, seed=5)
-        assert count == 24_000
-        assert stream[0] == stream[-1] == other.end_of_text
-        read.append(other.decode([i for i in stream if i != other.end_of_text]))
-        _, score = train(config(other), corpus, other, Budget(train_bytes=6000, window_bytes=256, batch_windows=2), seed=5, device="cpu")
-        steps.append(score.steps)
-    assert read[0] == read[1] == read[2]
-    assert len(read[0].encode()) == 24_000
-    assert max(steps) <= 1.15 * min(steps)
-
-
-def test_short_corpus_is_read_again_only_after_all_of_it(tokenizer: Tokenizer) -> None:
-    texts = ("alpha. ", "beta, beta. ", "gamma! ", "déjà vu. ")
-    small = Corpus(name="small", licence="", train=texts, validation=("x", "y"))
-    for budget in (1, 20, small.train_bytes, small.train_bytes + 5, 3 * small.train_bytes):
-        stream, read = TokenisedCorpus(small, tokenizer).stream(budget, seed=1)
-        text = tokenizer.decode([i for i in stream if i != tokenizer.end_of_text])
-        assert len(text.encode()) == read
-        assert budget - 1 <= read <= budget
-        whole = budget // small.train_bytes
-        for t in texts:
-            assert text.count(t) - whole in (0, 1)
-
-
-def test_text_is_tokenised_once_and_only_as_much_as_is_read(corpus: Corpus, tokenizer: Tokenizer) -> None:
-    tokenizer_module._TOKENISED.clear()
-    text = tokenised(corpus, tokenizer)
-    first, _ = text.stream(20_000, seed=0)
-    known = dict(text._ids)
-    assert 1 <= len(known) <= 4
-    again, _ = text.stream(20_000, seed=0)
-    assert np.array_equal(first, again)
-    assert all(text._ids[i] is ids for i, ids in known.items())
-    assert tokenised(corpus, tokenizer) is text
-    assert text.validation() is text.validation()
-
-
-def test_windows_are_full_and_hold_every_target(corpus: Corpus, tokenizer: Tokenizer) -> None:
-    stream, _ = TokenisedCorpus(corpus, tokenizer).stream(5000, seed=0)
-    pairs = list(zip(stream[:-1].tolist(), stream[1:].tolist(), strict=True))
-    inputs, targets = training._windows(stream, 50, tokenizer.end_of_text, 0, torch.device("cpu"))
-    count = math.ceil(len(pairs) / 50)
-    assert inputs.shape == targets.shape == (count, 50)
-    got = sorted(zip(inputs.flatten().tolist(), targets.flatten().tolist(), strict=True))
-    # The last window is made whole with pairs from the end of the one before it.
-    again = pairs[-50 : 50 * (count - 1)] if len(pairs) % 50 else []
-    assert got == sorted(pairs + again)
-
-
-def test_text_below_one_window_is_padded(tokenizer: Tokenizer) -> None:
-    inputs, targets = training._windows(np.array([0, 5, 6, 0]), 5, 0, 0, torch.device("cpu"))
-    assert inputs.tolist() == [[0, 5, 6, 0, 0]]
-    assert targets.tolist() == [[5, 6, 0, -100, -100]]
+        scores.append(train(config(other), corpus, other, Budget(train_bytes=4000, passage_bytes=512), seed=5, device="cpu")[1])
+    assert scores[0].steps == scores[1].steps
+    assert scores[0].train_bytes == scores[1].train_bytes
+    assert scores[0].train_tokens > 1.5 * scores[1].train_tokens
 
 
 def test_one_hard_window_is_no_divergence() -> None:
