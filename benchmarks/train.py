@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from train_peers import Step, litgpt_loop, plain_loop
 
-from nas.pretraining import keep_memory
 from nas.token_file import Windows
 from nas.training_step import MATRIX_RATE, Learner
 from search_spaces.config import SLMConfig
@@ -46,7 +45,6 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def our_loop(config: SLMConfig, device: torch.device, precision: str, compiled: bool) -> tuple[Step, int]:
     """The step of `edgewise train`."""
-    keep_memory()
     model = SLM(config).initialise(0).to(device).train()
     learner = Learner(model, MATRIX_RATE, arithmetic="bf16" if precision == "bf16" else "fp32", compiled=compiled)
     return lambda inputs, targets: learner.step([(inputs, targets)], 0.5).item(), sum(p.numel() for p in model.parameters())

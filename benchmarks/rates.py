@@ -1,0 +1,126 @@
+"""Whether the learning rate of short training suits every size: sweeps over a space's extremes.
+
+    python benchmarks/rates.py --out build/rates --worker 0/2
+    python benchmarks/rates.py --out build/rates --report
+
+Each model trains at several multiples of its rate by the rule (`nas.training_step.peak_rates`). The optimum of a model is where a
+parabola in the logarithm of the rate, through the best multiple and its neighbours, is lowest; the rule holds if the optima of all
+models lie within a factor of 2. Prints a table and, with --json, writes the figures.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nas.corpus import load_corpus
+from nas.evaluation import write_whole
+from nas.tokenizer import train_tokenizer
+from nas.training import MATRIX_RATE, Budget, train
+from search_spaces.config import SLMConfig
+from search_spaces.counting import params
+
+KB = 1024
+MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)
+_PLAIN = {"head_dim": 16, "context": 1024, "tie_embeddings": True}
+
+
+def _model(d_model: int, num_layers: int, vocab_size: int, **more: Any) -> dict[str, Any]:
+    heads = d_model // 16
+    ffn_dim = round(2.5 * d_model / 16) * 16
+    return {
+        "d_model": d_model,
+        "num_layers": num_layers,
+        "vocab_size": vocab_size,
+        "num_heads": heads,
+        "ffn_dim": ffn_dim,
+        **_PLAIN,
+        **more,
+    }
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "narrow, shallow": _model(48, 2, 1024),
+    "narrow, deep": _model(48, 6, 1024),
+    "wide, shallow": _model(192, 2, 1024),
+    "wide, deep": _model(192, 6, 1024),
+    "wide, deep, shared": _model(192, 6, 1024, sharing="cycle", num_unique_layers=2),
+    "smallest vocabulary": _model(96, 4, 512),
+    "largest vocabulary": _model(96, 4, 4096),
+    "untied": _model(96, 4, 2048, tie_embeddings=False),
+    "MLA, parallel, layernorm": _model(96, 4, 1024, attention="mla", kv_rank=24, rotary_dim=8, block="parallel", norm="layernorm"),
+}
+
+
+def optimum(losses: dict[float, float]) -> float:
+    """The multiple where the parabola through the best one and its neighbours, in log2, is lowest; an end of the sweep as it is."""
+    multiples = sorted(losses)
+    best = min(range(len(multiples)), key=lambda i: losses[multiples[i]])
+    if best in (0, len(multiples) - 1):
+        return multiples[best]
+    x = [math.log2(multiples[best + i]) for i in (-1, 0, 1)]
+    y = [losses[multiples[best + i]] for i in (-1, 0, 1)]
+    step = x[1] - x[0]
+    return float(2 ** (x[1] + 0.5 * step * (y[0] - y[2]) / (y[0] - 2 * y[1] + y[2])))
+
+
+def sweep(out: Path, corpus_name: str, train_bytes: int, place: int, workers: int) -> None:
+    """Trains what is not there yet."""
+    corpus = load_corpus(corpus_name)
+    jobs = [(name, multiple) for multiple in MULTIPLES for name in MODELS]
+    for name, multiple in jobs[place::workers]:
+        path = out / corpus.name / str(train_bytes) / f"{name.replace(' ', '-').replace(',', '')}-{multiple}.json"
+        if path.exists():
+            continue
+        values = MODELS[name]
+        tokenizer = train_tokenizer(corpus, values["vocab_size"], out / corpus.name / "tokenizers" / f"{values['vocab_size']}.json")
+        config = SLMConfig.from_dict({**values, "vocab_size": tokenizer.vocab_size})
+        budget = Budget(train_bytes=train_bytes, learning_rate=multiple * MATRIX_RATE)
+        _, score = train(config, corpus, tokenizer, budget, seed=0, device="cpu", threads=1)
+        write_whole(path, json.dumps({"model": name, "multiple": multiple, "params": params(config), "score": score.to_dict()}) + "\n")
+        print(name, multiple, score.val_bpb, flush=True)
+
+
+def report(out: Path, corpus_name: str, train_bytes: int, json_path: Path | None) -> None:
+    """Prints the table of what is there."""
+    rows: dict[str, dict[float, float]] = {name: {} for name in MODELS}
+    for path in sorted((out / load_corpus(corpus_name).name / str(train_bytes)).glob("*.json")):
+        found = json.loads(path.read_text())
+        rows[found["model"]][found["multiple"]] = found["score"]["val_bpb"] or math.inf
+    print("| model | " + " | ".join(f"x {m:g}" for m in MULTIPLES) + " | optimum |\n|---|" + "---|" * (len(MULTIPLES) + 1))
+    optima = {}
+    for name, losses in rows.items():
+        if len(losses) < 3:
+            continue
+        optima[name] = optimum(losses)
+        cells = " | ".join(f"{losses[m]:.4f}" if m in losses else "" for m in MULTIPLES)
+        print(f"| {name} | {cells} | x {optima[name]:.2f} |")
+    spread = max(optima.values()) / min(optima.values())
+    print(f"\nlargest optimum / smallest optimum: {spread:.2f}")
+    if json_path is not None:
+        figures = {"train_bytes": train_bytes, "losses": {k: {str(m): v for m, v in r.items()} for k, r in rows.items()}}
+        write_whole(json_path, json.dumps({**figures, "optima": optima, "spread": spread}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/rates"))
+    parser.add_argument("--corpus", default="sotu")
+    parser.add_argument("--kb", type=int, default=256, help="KB of text")
+    parser.add_argument("--worker", default="0/1", help="K/N: every Nth training from the Kth on")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--json", type=Path, dest="json_path")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.report:
+        report(options.out, options.corpus, options.kb * KB, options.json_path)
+        return
+    place, workers = map(int, options.worker.split("/"))
+    sweep(options.out, options.corpus, options.kb * KB, place, workers)
+
+
+if __name__ == "__main__":
+    main()
