@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nas import training, training_step
+from nas import scoring, training_step
 from nas.corpus import Corpus, load_corpus
 from nas.evaluation import write_whole
 from nas.passages import PASSAGE_BYTES
@@ -28,6 +28,7 @@ from nas.training import Budget, ShortTraining, evaluate
 from search_spaces.config import SLMConfig
 from search_spaces.counting import count, params_by_component, prefill_flops
 from search_spaces.space import Space, load_space
+from search_spaces.twin import body_params, twin
 from search_spaces.workload import assumed_bytes_per_token
 
 KB = 1024
@@ -39,8 +40,9 @@ SAMPLE_SEED = 7
 MOST_FLOPS_PER_BYTE = 2_200_000
 """Of training. Two fifths of random draws of tiny cost more (wide, deep, shared, small vocabularies): with them the study would take
 twice as long."""
-VARIANTS = ("protocol", "one-rate", "twin")
-"""Ours; the same rate for every size; a twin of a quarter of the size."""
+VARIANTS = ("protocol", "one-rate", "width-only", "twin")
+"""Ours; the same rate for every size; a rate that falls with the width and not with the depth; a twin whose body is a quarter."""
+TWIN_SHARE = 4
 ABLATED_BYTES = 256 * KB
 """At this rung it is also scored without context, and without the decay."""
 
@@ -111,9 +113,7 @@ def train_one(
     values = {**facts(architecture, config), "bytes_per_token": tokenizer.bytes_per_token, "variant": variant, "seed": seed}
     trained = config
     if variant == "twin":
-        from search_spaces.twin import twin
-
-        trained = twin(config, values["params"] // 4)
+        trained = twin(config, body_params(config) // TWIN_SHARE)
         values["twin"] = trained.to_dict()
     short = ShortTraining(trained, corpus, tokenizer, Budget(train_bytes=rungs[-1]), seed, device="cpu", threads=1)
     found = []
@@ -124,9 +124,9 @@ def train_one(
         if variant == "protocol" and rung == ABLATED_BYTES:
             text, window = corpus.validation, score.window_tokens
             row["no_decay_bpb"], _ = evaluate(short.trunk, tokenizer, text, window)
-            with_overlap, training.OVERLAP = training.OVERLAP, 0.0
+            with_overlap, scoring.OVERLAP = scoring.OVERLAP, 0.0
             row["no_overlap_bpb"], _ = evaluate(model, tokenizer, text, window)
-            training.OVERLAP = with_overlap
+            scoring.OVERLAP = with_overlap
         del model
         found.append(row)
     return {**values, "rungs": found, "cpu_s": sum(row["cpu_s"] for row in found)}
@@ -135,6 +135,11 @@ def train_one(
 def one_rate(config: SLMConfig, rate: float, other_rate: float) -> tuple[float, float]:
     """In place of `peak_rates`: what is right at width 128 and 4 layers for every size."""
     return rate, other_rate
+
+
+def width_only(config: SLMConfig, rate: float, other_rate: float) -> tuple[float, float]:
+    """In place of `peak_rates`: muP's rule for matrices, and nothing for depth."""
+    return rate * training_step.REFERENCE_WIDTH / config.d_model, other_rate
 
 
 def main() -> None:
@@ -152,8 +157,8 @@ def main() -> None:
     space, corpus = load_space(options.space), load_corpus(options.corpus)
     rungs = [int(r) * KB for r in options.rungs.split(",")]
     place, workers = map(int, options.worker.split("/"))
-    if options.variant == "one-rate":
-        training_step.peak_rates = one_rate
+    if options.variant in ("one-rate", "width-only"):
+        training_step.peak_rates = one_rate if options.variant == "one-rate" else width_only
     jobs = [(a, int(seed)) for seed in options.seeds.split(",") for a in sample(space) if wanted(a.number, options.numbers)]
     folder = options.out / corpus.name / options.variant
     for architecture, seed in jobs[place::workers]:

@@ -1,30 +1,33 @@
-"""Whether the learning rate of short training suits every size: sweeps over a space's extremes.
+"""Whether the rules of short training suit every size: sweeps of rate, initial scale and weight decay over a space's extremes.
 
-    python benchmarks/rates.py --out build/rates --worker 0/2
-    python benchmarks/rates.py --out build/rates --report
+    python benchmarks/rates.py --out build/rates --what rate --worker 0/2
+    python benchmarks/rates.py --out build/rates --what rate --report
 
-Each model trains at several multiples of its rate by the rule (`nas.training_step.peak_rates`). The optimum of a model is where a
-parabola in the logarithm of the rate, through the best multiple and its neighbours, is lowest; the rule holds if the optima of all
-models lie within a factor of 2. Prints a table and, with --json, writes the figures.
+Each model trains at several multiples of what the rule gives it (`nas.training_step.peak_rates`, `SLM.initialise`). The optimum of
+a model is where a parabola in the logarithm of the multiple, through the best one and its neighbours, is lowest; the rule
+holds if the optima of all models lie within a factor of 2. Prints a table and, with --json, writes the figures.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nas import training_step
 from nas.corpus import load_corpus
 from nas.evaluation import write_whole
 from nas.tokenizer import train_tokenizer
 from nas.training import MATRIX_RATE, Budget, train
 from search_spaces.config import SLMConfig
 from search_spaces.counting import params
+from search_spaces.model import SLM
 
 KB = 1024
-MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)
+MULTIPLES = {"rate": (0.25, 0.5, 1.0, 2.0, 4.0), "init": (0.5, 1.0, 2.0), "decay": (0.0, 1.0, 4.0)}
 _PLAIN = {"head_dim": 16, "context": 1024, "tie_embeddings": True}
 
 
@@ -67,59 +70,86 @@ def optimum(losses: dict[float, float]) -> float:
     return float(2 ** (x[1] + 0.5 * step * (y[0] - y[2]) / (y[0] - 2 * y[1] + y[2])))
 
 
-def sweep(out: Path, corpus_name: str, train_bytes: int, place: int, workers: int) -> None:
-    """Trains what is not there yet."""
-    corpus = load_corpus(corpus_name)
-    jobs = [(name, multiple) for multiple in MULTIPLES for name in MODELS]
+def change(what: str, multiple: float) -> None:
+    """Has trainings from now on begin with matrices of another scale, or decay otherwise."""
+    initialise = SLM.initialise
+    if what == "decay":
+        training_step.WEIGHT_DECAY *= multiple
+    elif what == "init":
+
+        def scaled(model: SLM, seed: int) -> SLM:
+            initialise(model, seed)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if parameter.ndim >= 2 and not name.startswith(("embed.", "head.")) and not name.endswith((".scale", ".shift")):
+                        parameter *= multiple
+            return model
+
+        SLM.initialise = scaled  # type: ignore[method-assign]
+
+
+def sweep(out: Path, corpus_name: str, train_bytes: int, what: str, place: int, workers: int) -> None:
+    """Trains what is not there yet, each in a process of its own, as some change what all later ones would do."""
+    jobs = [(name, multiple) for multiple in MULTIPLES[what] for name in MODELS]
     for name, multiple in jobs[place::workers]:
-        path = out / corpus.name / str(train_bytes) / f"{name.replace(' ', '-').replace(',', '')}-{multiple}.json"
-        if path.exists():
-            continue
-        values = MODELS[name]
-        tokenizer = train_tokenizer(corpus, values["vocab_size"], out / corpus.name / "tokenizers" / f"{values['vocab_size']}.json")
-        config = SLMConfig.from_dict({**values, "vocab_size": tokenizer.vocab_size})
-        budget = Budget(train_bytes=train_bytes, learning_rate=multiple * MATRIX_RATE)
-        _, score = train(config, corpus, tokenizer, budget, seed=0, device="cpu", threads=1)
-        write_whole(path, json.dumps({"model": name, "multiple": multiple, "params": params(config), "score": score.to_dict()}) + "\n")
-        print(name, multiple, score.val_bpb, flush=True)
+        path = out / what / corpus_name / str(train_bytes) / f"{name.replace(' ', '-').replace(',', '')}-{multiple}.json"
+        if not path.exists():
+            job = (path, out, corpus_name, train_bytes, what, name, multiple)
+            child = multiprocessing.get_context("spawn").Process(target=train_one, args=job)
+            child.start()
+            child.join()
 
 
-def report(out: Path, corpus_name: str, train_bytes: int, json_path: Path | None) -> None:
+def train_one(path: Path, out: Path, corpus_name: str, train_bytes: int, what: str, name: str, multiple: float) -> None:
+    """Trains a model at a multiple and writes its score."""
+    torch.set_num_threads(1)
+    corpus = load_corpus(corpus_name)
+    change(what, multiple)
+    values = MODELS[name]
+    tokenizer = train_tokenizer(corpus, values["vocab_size"], out / "tokenizers" / corpus.name / f"{values['vocab_size']}.json")
+    config = SLMConfig.from_dict({**values, "vocab_size": tokenizer.vocab_size})
+    budget = Budget(train_bytes=train_bytes, learning_rate=(multiple if what == "rate" else 1.0) * MATRIX_RATE)
+    _, score = train(config, corpus, tokenizer, budget, seed=0, device="cpu", threads=1)
+    write_whole(path, json.dumps({"model": name, "multiple": multiple, "params": params(config), "score": score.to_dict()}) + "\n")
+    print(what, name, multiple, score.val_bpb, flush=True)
+
+
+def report(out: Path, corpus_name: str, train_bytes: int, what: str, json_path: Path | None) -> None:
     """Prints the table of what is there."""
     rows: dict[str, dict[float, float]] = {name: {} for name in MODELS}
-    for path in sorted((out / load_corpus(corpus_name).name / str(train_bytes)).glob("*.json")):
+    for path in sorted((out / what / corpus_name / str(train_bytes)).glob("*.json")):
         found = json.loads(path.read_text())
         rows[found["model"]][found["multiple"]] = found["score"]["val_bpb"] or math.inf
-    print("| model | " + " | ".join(f"x {m:g}" for m in MULTIPLES) + " | optimum |\n|---|" + "---|" * (len(MULTIPLES) + 1))
+    print("| model | " + " | ".join(f"x {m:g}" for m in MULTIPLES[what]) + " | optimum |\n|---|" + "---|" * (len(MULTIPLES[what]) + 1))
     optima = {}
     for name, losses in rows.items():
         if len(losses) < 3:
             continue
-        optima[name] = optimum(losses)
-        cells = " | ".join(f"{losses[m]:.4f}" if m in losses else "" for m in MULTIPLES)
+        optima[name] = optimum(losses) if what != "decay" else min(losses, key=losses.__getitem__)
+        cells = " | ".join(f"{losses[m]:.4f}" if m in losses else "" for m in MULTIPLES[what])
         print(f"| {name} | {cells} | x {optima[name]:.2f} |")
-    spread = max(optima.values()) / min(optima.values())
+    spread = max(optima.values()) / min(optima.values()) if all(optima.values()) else math.inf
     print(f"\nlargest optimum / smallest optimum: {spread:.2f}")
     if json_path is not None:
-        figures = {"train_bytes": train_bytes, "losses": {k: {str(m): v for m, v in r.items()} for k, r in rows.items()}}
+        figures = {"what": what, "train_bytes": train_bytes, "losses": {k: {str(m): v for m, v in r.items()} for k, r in rows.items()}}
         write_whole(json_path, json.dumps({**figures, "optima": optima, "spread": spread}, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/rates"))
+    parser.add_argument("--what", choices=tuple(MULTIPLES), default="rate")
     parser.add_argument("--corpus", default="sotu")
     parser.add_argument("--kb", type=int, default=256, help="KB of text")
     parser.add_argument("--worker", default="0/1", help="K/N: every Nth training from the Kth on")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--json", type=Path, dest="json_path")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     if options.report:
-        report(options.out, options.corpus, options.kb * KB, options.json_path)
+        report(options.out, options.corpus, options.kb * KB, options.what, options.json_path)
         return
     place, workers = map(int, options.worker.split("/"))
-    sweep(options.out, options.corpus, options.kb * KB, place, workers)
+    sweep(options.out, options.corpus, options.kb * KB, options.what, place, workers)
 
 
 if __name__ == "__main__":

@@ -91,12 +91,12 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def plain_loop(c: SLMConfig, device: torch.device, precision: str, compiled: bool) -> tuple[Step, int]:
-    """The plain loop's step, and its parameters: weights of products decay, AdamW is the fused one on a GPU."""
+    """The plain loop's step, and its parameters: weights of products decay, AdamW is the fused one."""
     model: nn.Module = Plain(c).to(device).train()
     decaying = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decaying, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, fused=device.type == "cuda")
+    optimiser = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, fused=True)
     count = sum(p.numel() for p in model.parameters())
     if compiled:
         model = torch.compile(model)

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nas.describe import format_rate, format_s
+from nas.doubts import is_doubtful
 from nas.evaluation import Evaluation, Speed
-from nas.findings import is_doubtful
 from nas.front import choose, front_of, on_each
 
 CHOSEN, ON_FRONT, DOUBTFUL = "★", "•", "~"

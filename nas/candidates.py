@@ -1,9 +1,9 @@
-"""One trial, cheap steps first: count, tokenise, estimate, then compile and measure, and train.
+"""One trial, cheap steps first: count, tokenise, estimate, then compile and measure, and train from rung to rung.
 
 Each step's result is on disk before the next begins, and a step whose result is there is not done again. A
-candidate that breaks a limit stops at the step that showed it. Compiling goes on in the background, while the
-model trains if measuring cannot make that needless; so does measuring on other machines. The same model is
-measured on every device and trained once.
+candidate that breaks a limit stops at the step that showed it, one that is behind at a rung stops there. Compiling goes on in
+the background, while the model trains to its first rung if measuring cannot make that needless; so does measuring on other
+machines. The same model is measured on every device and trained once.
 
 A trial begins (`Candidate.begin`) and is finished later (`Candidate.finish`), so that a search can have several under
 way. They are finished in order, so what a trial comes to never depends on which measurement was ready first.
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from cost_models.baseline import BytesBaseline
 from nas.evaluation import WEIGHTS, Evaluation
-from nas.limits import broken, settled
+from nas.limits import broken, settled, stopped_if_behind
 from nas.measuring import DeviceWork
 from nas.settings import Bench
-from nas.trained import train
+from nas.trained import Training, forget_training
 from nas.trial import Trial, first_line, with_counts
 from search_spaces.config import SLMConfig
 from search_spaces.workload import RequestTokens, assumed_bytes_per_token
@@ -78,14 +78,13 @@ class Candidate:
             if _may_spare_training(self._bench):
                 self._measure()
                 self._settle()
-                self._train(before)
-            else:
-                self._train(before)
-                self._measure()
+            self._train(before)
+            self._measure()
             self._settle()
         finally:
             self.stop()
         assert not self._trial.is_running
+        forget_training(self._bench.run, self._trial.number)
         return self._trial.evaluation
 
     def stop(self) -> None:
@@ -95,15 +94,26 @@ class Candidate:
             work.stop()
 
     def _train(self, before: Sequence[Evaluation]) -> None:
+        """Trains from rung to rung, as long as it is worth it; it is measured by then, as speed decides what it is compared with."""
+        training = Training(self._trial, before)
+        while self._trial.is_running and not self._trial.evaluation.is_trained:
+            if self._trial.evaluation.rungs:
+                self._measure()
+                self._settle()
+                self._stop_if_behind(before)
+            if self._trial.is_running:
+                training.go_on()
+
+    def _stop_if_behind(self, before: Sequence[Evaluation]) -> None:
         if self._trial.is_running:
-            train(self._trial, before)
+            self._trial.save(lambda e: stopped_if_behind(self._bench, e, before))
 
     def _measure(self) -> None:
-        """Has every device measure it; a failure of one is a recorded outcome, but the others are waited for.
+        """Has every device measure it, unless that is done; a failure of one is a recorded outcome, but the others are waited for.
 
         So the record is the same whichever device was the first to be done.
         """
-        if not self._trial.is_running:
+        if not self._trial.is_running or self._trial.evaluation.is_measured:
             return
         reasons = []
         for place, work in sorted(self._works.items()):

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from nas.cli_cache import cache_group
+from nas.cli_eval import eval_command
 from nas.cli_generate import generate_command
 from nas.cli_models import count_command, measure_command, spaces_group
 from nas.cli_search import front_command, search_command
@@ -99,6 +100,7 @@ cli.add_command(measure_command)
 cli.add_command(count_command)
 cli.add_command(train_command)
 cli.add_command(generate_command)
+cli.add_command(eval_command)
 cli.add_command(targets_group)
 cli.add_command(spaces_group)
 cli.add_command(cache_group)

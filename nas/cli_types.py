@@ -103,6 +103,22 @@ class Precisions(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return tuple(found)
 
 
+class Rungs(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """`64KB,256KB` as bytes; `none` as no rung, `auto` as None."""
+
+    name = "rungs"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        """How `--help` shows the value."""
+        return "auto|none|SIZE[,…]"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...] | None:
+        """Bytes of each, in the order written."""
+        if isinstance(value, tuple) or value == "auto":
+            return value if isinstance(value, tuple) else None
+        return () if value == "none" else tuple(Size().convert(word, param, ctx) for word in str(value).split(","))
+
+
 class ExportFormat(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """A format of `edgewise export`; the table of them is read when it is needed."""
 

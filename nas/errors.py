@@ -7,6 +7,7 @@ ValueError
 ├── targets.spec.InvalidDevice             an unknown or malformed device
 └── nas.errors.UserError
     ├── InvalidCorpus                      text that cannot be trained on
+    ├── InvalidTasks                       tasks that cannot be scored
     └── InvalidRun                         a run folder that cannot be used
 ```
 """
@@ -18,6 +19,10 @@ class UserError(ValueError):
 
 class InvalidCorpus(UserError):
     """Text that cannot be trained on."""
+
+
+class InvalidTasks(UserError):
+    """Tasks, or a text, that a model cannot be scored on."""
 
 
 class InvalidRun(UserError):

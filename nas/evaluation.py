@@ -17,11 +17,12 @@ from search_spaces.config import InvalidConfig, SLMConfig
 from search_spaces.precision import PRECISIONS, Precision
 from targets.files import whole
 
-State = Literal["running", "complete", "infeasible", "failed", "diverged"]
-"""running: not finished; infeasible: breaks a limit; failed: could not be compiled or measured; diverged: training did."""
+State = Literal["running", "complete", "stopped", "infeasible", "failed", "diverged"]
+"""running: not finished; stopped: trained up to a rung, and surely beaten; infeasible: breaks a limit; failed: could not be
+compiled or measured; diverged: training did."""
 
 Speed = Literal["prefill", "decode", "request"]
-"""Which time is traded against bits per byte."""
+"""Which time is traded against accuracy."""
 
 WEIGHTS = "weights"
 """The sampler's name of the precision, where a search chooses among several."""
@@ -160,7 +161,7 @@ class Evaluation:
         return self.decode_s_per_token / self.bytes_per_token
 
     def seconds(self, speed: Speed) -> float | None:
-        """The time traded against bits per byte, in seconds, or None if it is not known; on the first device, if there are several.
+        """The time traded against accuracy, in seconds, or None if it is not known; on the first device, if there are several.
 
         decode: seconds per byte of text; prefill: seconds to read the prompt; request: seconds for a request.
         """
@@ -206,23 +207,77 @@ class Evaluation:
             return value
         return value / self.bytes_per_token if self.bytes_per_token else None
 
+    @property
+    def task(self) -> Mapping[str, Any] | None:
+        """What it scored on the file of `--accuracy FILE` (see `nas.accuracy`); None where bits per byte are searched by."""
+        return task_in(self.score)
+
+    @property
+    def loss(self) -> float | None:
+        """What a search minimises beside time: `val_bpb`, or the loss on the file of `--accuracy FILE`."""
+        return loss_in(self.score) if self.task is not None else self.val_bpb
+
+    @property
+    def loss_stderr(self) -> float | None:
+        """The standard error of `loss` over the documents or items that it is of, the same for every candidate."""
+        return self.val_bpb_stderr if self.task is None else _number("loss_stderr", self.task.get("loss_stderr"))
+
+    @property
+    def twin(self) -> SLMConfig | None:
+        """The smaller model that was trained and scored in its place (`search_spaces.twin`); None if it was trained itself.
+
+        Raises:
+            InvalidRun: if the record of it describes no model.
+        """
+        values = (self.score or {}).get("twin")
+        if not isinstance(values, Mapping):
+            return None
+        try:
+            return SLMConfig.from_dict(values)
+        except InvalidConfig as error:
+            raise InvalidRun(f"the twin of trial {self.trial} does not describe a model: {error}") from error
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its training has come to its end; on the way there `score` has nothing but `rungs`."""
+        return self.score is not None and "val_bpb" in self.score
+
+    @property
+    def rungs(self) -> list[Mapping[str, Any]]:
+        """What it scored at each rung below the top so far, the lowest first (see `nas.rungs`)."""
+        rungs = (self.score or {}).get("rungs")
+        return [dict(rung) for rung in rungs if isinstance(rung, Mapping)] if isinstance(rungs, list) else []
+
+    @property
+    def foretold_loss(self) -> float | None:
+        """What a stopped trial's `loss` would have been, foretold from its last rung; None for any other."""
+        foretold = (self.score or {}).get("foretold") if self.state == "stopped" else None
+        return _number("loss", foretold.get("loss")) if isinstance(foretold, Mapping) else None
+
+    @property
+    def last_rung(self) -> Mapping[str, Any] | None:
+        """The last rung that a stopped trial was scored at (see `nas.rungs`); None for any other."""
+        rungs = self.rungs if self.state == "stopped" else []
+        return rungs[-1] if rungs else None
+
     def is_ranked(self, speed: Speed) -> bool:
         """Whether the trial completed with all objectives known."""
-        known = self.val_bpb is not None and all(self._seconds(of, speed) is not None for of in self._everywhere())
+        known = self.loss is not None and all(self._seconds(of, speed) is not None for of in self._everywhere())
         return self.state == "complete" and known
 
     def objectives(self, speed: Speed) -> tuple[float, ...]:
-        """(val_bpb, seconds on the first device, on the next, ...), all to be minimised; see `seconds` for what is timed.
+        """(loss, seconds on the first device, on the next, ...), all to be minimised; see `loss`, and `seconds` for what is timed.
 
         Raises:
             ValueError: if one of them is not known.
         """
+        loss = self.loss
         seconds = [self._seconds(of, speed) for of in self._everywhere()]
         known = [value for value in seconds if value is not None]
-        if self.val_bpb is None or len(known) < len(seconds):
-            missing = "val_bpb" if self.val_bpb is None else f"the {speed} time"
+        if loss is None or len(known) < len(seconds):
+            missing = "score" if loss is None else f"{speed} time"
             raise ValueError(f"trial {self.trial} ({self.state}) has no {missing}; ask `is_ranked({speed!r})` first")
-        return self.val_bpb, *known
+        return loss, *known
 
     def evolve(self, **changes: Any) -> "Evaluation":
         """A copy with these fields changed.
@@ -307,6 +362,18 @@ def write_whole(path: Path, content: str | bytes) -> Path:
     with whole(path) as part, part.open("xb") as file:
         file.write(data)
     return path
+
+
+def task_in(score: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What a score, of a trial or of one of its rungs, says of the file of `--accuracy FILE`; None if nothing."""
+    task = (score or {}).get("task")
+    return task if isinstance(task, Mapping) else None
+
+
+def loss_in(score: Mapping[str, Any] | None) -> float | None:
+    """The loss of a score, of a trial or of one of its rungs: what a search minimises (see `Evaluation.loss`)."""
+    task = task_in(score)
+    return _number("val_bpb", (score or {}).get("val_bpb")) if task is None else _number("loss", task.get("loss"))
 
 
 def _check(record: Evaluation | DeviceResult) -> None:

@@ -22,6 +22,7 @@ from nas.evaluation import Evaluation
 from nas.front import front_of, speed_of
 from nas.run import Run
 from search_spaces.config import SLMConfig
+from search_spaces.counting import params
 from search_spaces.precision import MEANINGS
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ _FILES = (
 )  # fmt: skip
 """Every file of every format."""
 
+UNTRAINED = ("recipe",)
+"""The formats in which a model may leave without weights: one that was scored by a twin (`search_spaces.twin`) has none."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
@@ -65,7 +69,7 @@ class Chosen:
 
     Attributes:
         run, evaluation, config: where it comes from and what is known of it.
-        model: with the float32 weights as trained, in evaluation mode.
+        model: with the float32 weights as trained, in evaluation mode; on the meta device, without any, if only a twin was trained.
         tokenizer, tokenizer_path: of the model, and its file.
         facts: what the header of the weights says, the score among it.
         target: the device to compile for, by name, where a format compiles; None: the run's own.
@@ -105,7 +109,7 @@ def export_trial(run: Run, trial: int, to: Path, format_name: str = "hf", target
     """
     if format_name not in FORMATS:
         raise UserError(f"--format {format_name!r} is not known; choose one of {', '.join(FORMATS)}")
-    chosen = dataclasses.replace(choose_trial(run, trial), target=target)
+    chosen = dataclasses.replace(choose_trial(run, trial, untrained=format_name in UNTRAINED), target=target)
     _check_folder(to)
     module, _, function = FORMATS[format_name].partition(":")
     write: Exporter = getattr(importlib.import_module(module), function)
@@ -118,8 +122,13 @@ def export_trial(run: Run, trial: int, to: Path, format_name: str = "hf", target
     return to
 
 
-def choose_trial(run: Run, trial: int) -> Chosen:
+def choose_trial(run: Run, trial: int, *, untrained: bool = False) -> Chosen:
     """A trial with its weights and tokenizer.
+
+    Args:
+        run: where it is.
+        trial: its number.
+        untrained: whether one that was scored by a twin will do, which has no weights.
 
     Raises:
         InvalidRun: if it has none.
@@ -134,8 +143,15 @@ def choose_trial(run: Run, trial: int) -> Chosen:
         raise InvalidRun(f"trial {trial} is {evaluation.state}, so it has no trained weights; {choices}")
     from nas.tokenizer import REMEDY, Tokenizer
     from nas.weights import load_weights, read_facts
+    from search_spaces.model import SLM
 
-    if not source.exists():
+    twin = evaluation.twin
+    if twin is not None and not untrained:
+        raise InvalidRun(
+            f"trial {trial} was scored by a twin of {format_count(params(twin))} parameters, so it has no weights of its own; "
+            "export it with --format recipe, and train that with `edgewise train`"
+        )
+    if twin is None and not source.exists():
         if any(e.trial in (trial, evaluation.duplicate_of) for e in front):
             raise InvalidRun(f"the weights of trial {trial}, {source}, are lost; {REMEDY}")
         raise InvalidRun(f"trial {trial} is not on the front of run {str(run.path)!r}, so its weights were not kept; {choices}")
@@ -146,10 +162,10 @@ def choose_trial(run: Run, trial: int) -> Chosen:
         run=run,
         evaluation=evaluation,
         config=config,
-        model=load_weights(source, config, REMEDY),
+        model=load_weights(source, config, REMEDY) if twin is None else SLM(config, "meta").eval(),
         tokenizer=Tokenizer.from_file(tokenizer_path),
         tokenizer_path=tokenizer_path,
-        facts=read_facts(source) or {},
+        facts=read_facts(source) or {} if twin is None else {},
     )
 
 
@@ -187,7 +203,7 @@ def model_card(run: Run, evaluation: Evaluation, vocab_size: int, *, form: str =
     manifest = run.manifest
     corpus, settings = manifest["corpus"], manifest["settings"]
     score: Any = evaluation.score or {}
-    config = evaluation.config
+    config, twin = evaluation.config, evaluation.twin
     assert config is not None
     seen = [(device, evaluation.on(None if place == 0 else device["name"])) for place, device in enumerate(run.specs)]
     return "\n".join(
@@ -197,7 +213,10 @@ def model_card(run: Run, evaluation: Evaluation, vocab_size: int, *, form: str =
             f"A decoder-only language model: {describe_config(config)}. {format_count(evaluation.params)} parameters, "
             f"context {config.context} tokens, byte-level BPE of {vocab_size} tokens ({evaluation.bytes_per_token:.2f} bytes each).",
             "",
-            "A short training from scratch made it, to compare architectures: it is a starting point, not a finished model.",
+            "A short training from scratch made it, to compare architectures: it is a starting point, not a finished model."
+            if twin is None
+            else f"It has no weights yet. To compare architectures a smaller model of the same kind was trained for a short while, of "
+            f"{format_count(params(twin))} parameters: {describe_config(twin)}.",
             "",
             *([form, ""] if form else []),
             "## Measured",
@@ -209,7 +228,7 @@ def model_card(run: Run, evaluation: Evaluation, vocab_size: int, *, form: str =
             "|---|---|",
             *(row for device, on in seen for row in _figures(device, on, named=len(seen) > 1)),
             f"| weights | {format_bytes(evaluation.weight_bytes)} |",
-            f"| validation bits per byte | {format_bpb(evaluation.val_bpb, evaluation.val_bpb_stderr)} |",
+            f"| {_scored(evaluation)} | {format_bpb(evaluation.val_bpb, evaluation.val_bpb_stderr)} |",
             *_unrounded(evaluation, score),
             "",
             "## How it was found",
@@ -221,7 +240,7 @@ def model_card(run: Run, evaluation: Evaluation, vocab_size: int, *, form: str =
             "",
             "## Training text",
             "",
-            f"{plain(corpus['name'])} (licence: {plain(corpus['licence'])}), {score.get('train_bytes', settings['train_bytes'])} bytes "
+            f"{plain(corpus['name'])} (licence: {plain(corpus['licence'])}), {score.get('train_bytes', settings['budget_bytes'])} bytes "
             f"read in {score.get('steps', '?')} steps; scored on documents held out from training and tokenizer. "
             f"sha256 of the text: {corpus['sha256']}.",
             "",
@@ -259,6 +278,11 @@ def _weights(evaluation: Evaluation) -> str:
         f"{evaluation.weights} weights ({MEANINGS[evaluation.weights]}), rounded from the float32 ones that were trained "
         f"(`edgewise measure` does the same with `--weights {evaluation.weights}`)"
     )
+
+
+def _scored(evaluation: Evaluation) -> str:
+    """What was scored, in words."""
+    return "validation bits per byte" if evaluation.twin is None else "validation bits per byte of the smaller model"
 
 
 def _unrounded(evaluation: Evaluation, score: dict[str, Any]) -> list[str]:

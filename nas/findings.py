@@ -9,39 +9,58 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from nas.describe import attention_words, format_bpb, format_count, format_rate, format_s, significant, trial_facts
+from nas.describe import (
+    attention_words,
+    be,
+    best_words,
+    format_bpb,
+    format_count,
+    format_rate,
+    format_s,
+    is_text,
+    listed,
+    objective_words,
+    plural,
+    significant,
+    stopped_words,
+    trial_facts,
+    trials_words,
+)
+from nas.doubts import between_seeds, held_out_error, noisy_times, order_within_noise
 from nas.evaluation import WEIGHTS, Evaluation, Speed, State
 from nas.front import choose, front_of, on_each
+from nas.noise import Noise
 from search_spaces.precision import PRECISIONS
-from targets.measurement import NOISY_IQR, SLOW, interquartile_range
 
 _ENOUGH = 8
 """Candidates below which no statement about all of them is made."""
 
 
-def findings(evaluations: Sequence[Evaluation], speed: Speed = "decode", devices: Sequence[str] = ()) -> list[str]:
+def findings(
+    evaluations: Sequence[Evaluation], speed: Speed = "decode", devices: Sequence[str] = (), noise: Noise | None = None
+) -> list[str]:
     """Sentences about these evaluations, most useful first; at least one, whatever they are.
 
-    Of a run over several `devices`, named in the order of its manifest, they say which model wins where.
+    Of a run over several `devices`, named in the order of its manifest, they say which model wins where. `noise` is what
+    one training differs by from another, if that is known.
     """
-    sentences = [_counts(evaluations)]
+    sentences = [_counts(evaluations), *_twins(evaluations)]
     candidates = distinct([e for e in evaluations if e.is_ranked(speed)])
     front = front_of(candidates, speed)
     if not front:
-        sentences.append("There is no front: no trial has both bits per byte and a time.")
+        sentences.append("There is no front: no trial has both a score and a time.")
         return sentences
     if len(devices) > 1:
-        return sentences + _over_devices(candidates, speed, devices)
+        return sentences + _over_devices(candidates, speed, devices, noise)
     sentences += _leaders(front, speed)
     sentences += _trade(front, speed)
     sentences += _rounding(candidates)
     sentences += _surplus(front, candidates)
     sentences += _by_size(front, candidates, speed)
     sentences += _by_estimate(candidates, speed)
-    sentences += _noise(front, candidates)
-    sentences += _noisy_times(candidates)
+    sentences += between_seeds(noise, objective_words(candidates)) + order_within_noise(front, noise) + held_out_error(front, candidates)
+    sentences += noisy_times(candidates)
     return sentences
 
 
@@ -79,40 +98,18 @@ def chance_of_at_least(hits: int, draws: int, marked: int, total: int) -> float:
     return ways / math.comb(total, draws)
 
 
-def is_noisy(measurement: Mapping[str, Any] | None) -> bool:
-    """Whether a raw measuring record holds times that spread too wide, by the rule of `targets.measurement`.
-
-    The record's `times_s` has a list of repeated times for each function; one that spreads is enough.
-    """
-    times_s = (measurement or {}).get("times_s")
-    if not isinstance(times_s, Mapping):
-        return False
-    return any(interquartile_range(tuple(times)) > NOISY_IQR * statistics.median(times) for times in times_s.values() if times)
-
-
-def is_slow(measurement: Mapping[str, Any] | None) -> bool:
-    """Whether a raw measuring record was taken while the device ran slower than it can, by the rule of `targets.measurement`."""
-    record = measurement or {}
-    times_s, best_s = record.get("reference_s") or (), float(record.get("reference_best_s") or 0)
-    return bool(times_s and best_s) and statistics.median(times_s) > SLOW * best_s
-
-
-def is_doubtful(evaluation: Evaluation) -> bool:
-    """Whether the trial's times are noisy, or were taken while the device ran slow or other work would not stop."""
-    record = evaluation.measurement
-    return is_noisy(record) or is_slow(record) or (record or {}).get("quiet") is False
-
-
 # --- several devices ----------------------------------------------------------------------
 
 
-def _over_devices(candidates: Sequence[Evaluation], speed: Speed, devices: Sequence[str]) -> list[str]:
+def _over_devices(candidates: Sequence[Evaluation], speed: Speed, devices: Sequence[str], noise: Noise | None) -> list[str]:
     seen = on_each(candidates, devices)
     fronts = {device: front_of(there, speed) for device, there in seen.items()}
     sentences = [*_winners(fronts, speed), *_like_orders(seen, speed), *_rounding(candidates)]
+    sentences += between_seeds(noise, objective_words(candidates))
     for device, there in seen.items():
         own = [*_leaders(fronts[device], speed), *_trade(fronts[device], speed)]
-        own += [*_by_size(fronts[device], there, speed), *_by_estimate(there, speed), *_noise(fronts[device], there), *_noisy_times(there)]
+        own += [*_by_size(fronts[device], there, speed), *_by_estimate(there, speed), *order_within_noise(fronts[device], noise)]
+        own += [*held_out_error(fronts[device], there), *noisy_times(there)]
         sentences += [f"On {device}: {sentence}" for sentence in own]
     return list(dict.fromkeys(sentences))
 
@@ -123,17 +120,17 @@ def _winners(fronts: Mapping[str, Sequence[Evaluation]], speed: Speed) -> list[s
     if len(set(chosen.values())) == 1:
         sentences = [f"Trial {next(iter(chosen.values()))} is the default choice on every device."]
     else:
-        sentences = [f"The default choice is {_listed([f'trial {trial} on {device}' for device, trial in chosen.items()])}."]
+        sentences = [f"The default choice is {listed([f'trial {trial} on {device}' for device, trial in chosen.items()])}."]
     on = {device: {e.trial for e in front} for device, front in fronts.items()}
     everywhere, anywhere = set.intersection(*on.values()), set.union(*on.values())
     if everywhere == anywhere:
-        return [*sentences, f"The front has the same {_plural(len(anywhere), 'model')} on every device."]
+        return [*sentences, f"The front has the same {plural(len(anywhere), 'model')} on every device."]
     alone = {device: sorted(trials.difference(*(t for d, t in on.items() if d != device))) for device, trials in on.items()}
-    parts = [f"{_trials(trials)} only on {device}" for device, trials in alone.items() if trials]
-    where = f", {_listed(parts)}" if parts else ""
+    parts = [f"{trials_words(trials)} only on {device}" for device, trials in alone.items() if trials]
+    where = f", {listed(parts)}" if parts else ""
     return [
         *sentences,
-        f"Of {_plural(len(anywhere), 'model')} on some front, {len(everywhere)} {_be(len(everywhere))} on every one{where}.",
+        f"Of {plural(len(anywhere), 'model')} on some front, {len(everywhere)} {be(len(everywhere))} on every one{where}.",
     ]
 
 
@@ -145,14 +142,6 @@ def _like_orders(seen: Mapping[str, Sequence[Evaluation]], speed: Speed) -> list
         if len(first) >= _ENOUGH and tau is not None:
             sentences.append(f"The times on {one} and {other} order {len(first)} candidates with Kendall tau {_signed(tau)} (1: alike).")
     return sentences
-
-
-def _trials(trials: Sequence[int]) -> str:
-    return f"{'trial' if len(trials) == 1 else 'trials'} {_listed([str(trial) for trial in trials])}"
-
-
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 # --- the sentences ------------------------------------------------------------------------
@@ -168,12 +157,24 @@ def _counts(evaluations: Sequence[Evaluation]) -> str:
         "diverged": "diverged in training",
         "running": "not finished",
     }
-    others = [f"{states[s]} {text}" for s, text in words.items() if states[s]]
+    at = Counter(f"{stopped_words(e)} of text" for e in evaluations if e.last_rung is not None)
+    others = [f"{count} {'was' if count == 1 else 'were'} {where}" for where, count in at.items()]
+    others += [f"{states[s]} {text}" for s, text in words.items() if states[s]]
     repeats = sum(e.duplicate_of is not None for e in evaluations)
     if repeats:
         several = " in the same precision" if any(WEIGHTS in e.params_drawn for e in evaluations) else ""
         others.append(f"{repeats} repeated an earlier architecture{several} and took its results")
-    return f"{states['complete']} of {_plural(len(evaluations), 'trial')} completed{'; ' if others else ''}{', '.join(others)}."
+    return f"{states['complete']} of {plural(len(evaluations), 'trial')} completed{'; ' if others else ''}{', '.join(others)}."
+
+
+def _twins(evaluations: Sequence[Evaluation]) -> list[str]:
+    """How many scores are of smaller models, trained in place of those that were measured."""
+    scored = [e for e in evaluations if e.loss is not None]
+    twins = sum(e.twin is not None for e in scored)
+    if not twins:
+        return []
+    of = "Every score is" if twins == len(scored) else f"{twins} of {plural(len(scored), 'score')} {be(twins)}"
+    return [f"{of} that of a twin, a smaller model of the same kind that was trained instead; times and sizes are of the model itself."]
 
 
 def _leaders(front: Sequence[Evaluation], speed: Speed) -> list[str]:
@@ -184,13 +185,14 @@ def _leaders(front: Sequence[Evaluation], speed: Speed) -> list[str]:
     name = attention_words(chosen.config) if chosen.config else "a model"
     size = f" of {format_count(chosen.params)} parameters" if chosen.params is not None else ""
     size += f" in {chosen.weights}" if chosen.names_weights else ""
-    figures = f"{format_bpb(chosen.val_bpb)} at {_pace(chosen, speed)}"
+    figures = f"{format_bpb(chosen.loss)} at {_pace(chosen, speed)}"
+    best = f"the {best_words(front)} measured here"
     if len(front) == 1:
         return [f"Trial {chosen.trial}, {name}{size}, is both the fastest and the most accurate measured here ({figures})."]
     if at + 1 < len(front):
-        start = f"{_limit(chosen, front[at + 1], speed)}, trial {chosen.trial} has the best bits per byte measured here"
+        start = f"{_limit(chosen, front[at + 1], speed)}, trial {chosen.trial} has {best}"
     else:
-        start = f"Trial {chosen.trial} has the best bits per byte measured here, at any speed"
+        start = f"Trial {chosen.trial} has {best}, at any speed"
     sentences = [f"{start}: {name}{size} ({figures})."]
     return sentences + _stretches(front, speed)
 
@@ -213,11 +215,12 @@ def _stretches(front: Sequence[Evaluation], speed: Speed) -> list[str]:
 def _trade(front: Sequence[Evaluation], speed: Speed) -> list[str]:
     if len(front) < 2:
         return []
-    (slow_bpb, slow_s), (fast_bpb, fast_s) = front[-1].objectives(speed), front[0].objectives(speed)
-    saved = (1 - slow_bpb / fast_bpb) * 100
-    return [
-        f"End to end, the front trades {significant(saved, 2)} % fewer bits per byte for {significant(slow_s / fast_s)} times the time."
-    ]
+    (slow_loss, slow_s), (fast_loss, fast_s) = front[-1].objectives(speed), front[0].objectives(speed)
+    if fast_loss <= 0:
+        return []  # tasks that the fastest model already has all right
+    saved, name = (1 - slow_loss / fast_loss) * 100, objective_words(front)
+    less = f"fewer {name}" if is_text(front) else f"less {name}"
+    return [f"End to end, the front trades {significant(saved, 2)} % {less} for {significant(slow_s / fast_s)} times the time."]
 
 
 def _rounding(candidates: Sequence[Evaluation]) -> list[str]:
@@ -255,7 +258,7 @@ def _surplus(front: Sequence[Evaluation], candidates: Sequence[Evaluation]) -> l
     return [
         f"The choice most over-represented on the front is {fact} = {value}: {hits} of {len(chosen)} there, "
         f"{marked} of {len(everyone)} among all candidates (by lot as many or more with probability {significant(chance, 2)}, "
-        f"the smallest of {_plural(len(rows), 'comparison')}: {verdict})."
+        f"the smallest of {plural(len(rows), 'comparison')}: {verdict})."
     ]
 
 
@@ -282,78 +285,30 @@ def _by_size(front: Sequence[Evaluation], candidates: Sequence[Evaluation], spee
         return []
     sizes = [float(e.params or 0) for e in sized]
     points = [e.objectives(speed) for e in sized]
-    bpb, seconds = kendall_tau(sizes, [p[0] for p in points]), kendall_tau(sizes, [p[1] for p in points])
+    loss, seconds = kendall_tau(sizes, [p[0] for p in points]), kendall_tau(sizes, [p[1] for p in points])
     sentences = []
-    if bpb is not None and seconds is not None:
+    if loss is not None and seconds is not None:
         sentences.append(
-            f"Parameter count alone ranks these {len(sized)} candidates with Kendall tau {_signed(-bpb)} against accuracy and "
+            f"Parameter count alone ranks these {len(sized)} candidates with Kendall tau {_signed(-loss)} against accuracy and "
             f"{_signed(seconds)} against time (1: larger is always better, or slower; 0: no relation)."
         )
     chosen = choose(front, speed)
     assert chosen is not None
-    best_bpb, budget = chosen.objectives(speed)
+    best_loss, budget = chosen.objectives(speed)
     largest = max((e for e in sized if e.objectives(speed)[1] <= budget), key=lambda e: (e.params or 0, -e.trial), default=None)
     if largest is not None:
-        loss = largest.objectives(speed)[0] - best_bpb
+        lost = largest.objectives(speed)[0] - best_loss
+        unit = objective_words(front) if is_text(front) else f"of {objective_words(front)}"
         where = f"the largest candidate as fast as trial {chosen.trial} ({_pace(chosen, speed)})"
         sentences.append(
             f"Taking {where} picks that same model."
             if largest.trial == chosen.trial
-            else f"Taking {where} would pick trial {largest.trial} and lose {significant(loss, 2)} bits per byte."
+            else f"Taking {where} would pick trial {largest.trial} and lose {significant(lost, 2)} {unit}."
         )
     return sentences
-
-
-def _noise(front: Sequence[Evaluation], candidates: Sequence[Evaluation]) -> list[str]:
-    """How much of the order is within the error of measurement of bits per byte."""
-    known = [e for e in candidates if e.val_bpb_stderr is not None]
-    if len(candidates) < 2:
-        return []
-    if len(known) < len(candidates):
-        return [
-            f"{len(candidates) - len(known)} of {_plural(len(candidates), 'candidate')} have no standard error; their order may be noise."
-        ]
-    pairs = list(itertools.pairwise(front))
-    sentences = []
-    if pairs:
-        one, two = (sum(_within(a, b, k) for a, b in pairs) for k in (1, 2))
-        which = "the two models" if len(pairs) == 1 else f"the {len(pairs)} pairs of neighbours"
-        sentences.append(
-            f"Of {which} on the front, {two} {_be(two)} closer in bits per byte than two standard errors of the difference, "
-            f"{one} closer than one: that part of the order may be noise."
-            if two and len(pairs) > 1
-            else "The two models on the front are closer in bits per byte than two standard errors of the difference, and so may be equal."
-            if two
-            else f"In {which} on the front, bits per byte differ by two standard errors or more."
-        )
-    best, others = front[-1], len(candidates) - 1
-    close = sum(_within(best, e, 2) for e in candidates if e.trial != best.trial)
-    of = f"{close} of the {others} other candidates {_be(close)}"
-    if others == 1:
-        of = f"The only other candidate is{'' if close else ' not'}"
-    sentences.append(f"{of} within two standard errors of the best bits per byte ({format_bpb(best.val_bpb, best.val_bpb_stderr)}).")
-    return sentences
-
-
-def _noisy_times(candidates: Sequence[Evaluation]) -> list[str]:
-    measured = [e for e in candidates if e.measurement is not None]
-    noisy = sum(is_doubtful(e) for e in measured)
-    if not measured:
-        return ["No time here was measured on a device."]
-    if not noisy:
-        return []
-    taken = f"{noisy} of {_plural(len(measured), 'measurement')} {_be(noisy)} noisy, or taken while the device ran slow"
-    return [f"{taken}; close other programs and measure those again."]
 
 
 # --- words --------------------------------------------------------------------------------
-
-
-def _within(a: Evaluation, b: Evaluation, errors: int) -> bool:
-    """Whether the bits per byte differ by less than so many standard errors, taken as independent: sqrt(sa^2 + sb^2)."""
-    assert a.val_bpb is not None
-    assert b.val_bpb is not None
-    return abs(a.val_bpb - b.val_bpb) < errors * math.hypot(a.val_bpb_stderr or 0.0, b.val_bpb_stderr or 0.0)
 
 
 def _task(speed: Speed) -> str:
@@ -394,11 +349,3 @@ def _change(bpb: float) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
-
-
-def _be(count: int) -> str:
-    return "is" if count == 1 else "are"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

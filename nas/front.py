@@ -1,16 +1,21 @@
 """Which candidates nothing beats: the Pareto front, its volume, the one to take by default, and all that as JSON.
 
 In a search over several devices there is a front on each, of its trials as that device saw them (`on_each`), and the joint
-front, of bits per byte and the time on every device. A model on one device's front is on the joint front, too.
+front, of the loss and the time on every device. A model on one device's front is on the joint front, too.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from nas.describe import objective_words
 from nas.errors import InvalidRun
 from nas.evaluation import Evaluation, Speed
 from nas.run import Run
+from search_spaces.counting import params
+
+if TYPE_CHECKING:
+    from nas.noise import Noise
 
 FRONT_FIELDS = (
     "trial",
@@ -30,7 +35,7 @@ FRONT_FIELDS = (
     "val_bpb",
     "val_bpb_stderr",
 )
-"""What front.json and `--json` say of each model; raw records are in trials/."""
+"""What front.json and `--json` say of each model, beside its loss and its twin; raw records are in trials/."""
 
 _FIGURES = ("peak_bytes", "prefill_s", "decode_s_per_token", "request_s", "bytes_per_s")
 """What they say of it on each device, where there are several."""
@@ -77,7 +82,7 @@ def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, f
 
 
 def front_of(evaluations: Sequence[Evaluation], speed: Speed = "decode") -> list[Evaluation]:
-    """The complete evaluations on the front of (bits per byte, seconds on each device), fastest first (see `mean_seconds`)."""
+    """The complete evaluations on the front of (loss, seconds on each device), fastest first (see `mean_seconds`)."""
     ranked = [e for e in evaluations if e.is_ranked(speed)]
     indices = pareto_front([e.objectives(speed) for e in ranked])
     return sorted((ranked[i] for i in indices), key=lambda e: (mean_seconds(e, speed), e.trial))
@@ -97,10 +102,10 @@ def on_each(evaluations: Sequence[Evaluation], devices: Sequence[str]) -> dict[s
 def choose(front: Sequence[Evaluation], speed: Speed = "decode") -> Evaluation | None:
     """The model to take by default: the knee of the front; None if it is empty.
 
-    Log seconds (their mean over the devices) and bits per byte are each scaled to 0..1 between the front's ends; the knee is
+    Log seconds (their mean over the devices) and the loss are each scaled to 0..1 between the front's ends; the knee is
     the point furthest below the line that joins the ends, that is, the largest 1 - x - y (Das 1999, the "bulge" of a
     front). Of equal ones the faster is taken. If no point lies below the line (always so with two), it is the one with the
-    fewest bits per byte.
+    smallest loss.
     """
     if not front:
         return None
@@ -118,7 +123,7 @@ def choose(front: Sequence[Evaluation], speed: Speed = "decode") -> Evaluation |
 
 
 def speed_of(run: Run) -> Speed:
-    """The time a run trades against bits per byte.
+    """The time a run trades against accuracy.
 
     Raises:
         InvalidRun: if its manifest does not say.
@@ -131,17 +136,27 @@ def speed_of(run: Run) -> Speed:
 
 
 def front_json(
-    evaluations: Sequence[Evaluation], speed: Speed, devices: Sequence[str] = (), references: Mapping[str, Evaluation] | None = None
+    evaluations: Sequence[Evaluation],
+    speed: Speed,
+    devices: Sequence[str] = (),
+    references: Mapping[str, Evaluation] | None = None,
+    noise: "Noise | None" = None,
 ) -> dict[str, Any]:
     """The front of these trials as plain JSON values: what was traded, the default choice, the models fastest first.
 
     With several devices it is the joint front; `devices` has for each its own default choice and the trials on its own
-    front, and every model has its figures on each. Models measured beside the candidates are under `references`.
+    front, and every model has its figures on each. Models measured beside the candidates are under `references`. `loss` is
+    what was minimised, named in `objective`. With the `noise` of a training known, every model says whether a neighbour in
+    loss is too close to be told apart from it.
     """
     front = front_of(evaluations, speed)
     chosen = choose(front, speed)
-    values: dict[str, Any] = {"speed": speed, "chosen": None if chosen is None else chosen.trial}
+    values: dict[str, Any] = {"speed": speed, "objective": objective_words(evaluations), "chosen": None if chosen is None else chosen.trial}
+    values["noise"] = None if noise is None else noise.to_dict()
     values["front"] = [_model_json(e, devices) for e in front]
+    if noise is not None:
+        unresolved = noise.unresolved(front)
+        values["front"] = [{**model, "order_within_noise": model["trial"] in unresolved} for model in values["front"]]
     if len(devices) > 1:
         values["devices"] = {}
         for device, seen in on_each(evaluations, devices).items():
@@ -159,6 +174,9 @@ def front_json(
 def _model_json(evaluation: Evaluation, devices: Sequence[str]) -> dict[str, Any]:
     values = evaluation.to_dict()
     shown = {name: values[name] for name in FRONT_FIELDS}
+    shown |= {"loss": evaluation.loss, "loss_stderr": evaluation.loss_stderr, "task_accuracy": (evaluation.task or {}).get("accuracy")}
+    twin = evaluation.twin
+    shown["twin"] = None if twin is None else {"params": params(twin), "config": twin.to_dict()}
     if len(devices) > 1:
         seen = {device: there[0] for device, there in on_each([evaluation], devices).items()}
         shown["devices"] = {device: {name: getattr(e, name) for name in _FIGURES} for device, e in seen.items()}

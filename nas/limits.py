@@ -1,9 +1,11 @@
 """What decides how a trial ends: the limits that it must keep on every device of a search, and its results."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nas.describe import format_bytes, format_count, format_ms
-from nas.evaluation import Evaluation
+from nas.evaluation import Evaluation, Speed, loss_in
+from nas.rungs import RungPoint, verdict
 from nas.settings import Bench
 from search_spaces.counting import kv_bytes
 from search_spaces.workload import assumed_bytes_per_token
@@ -32,7 +34,7 @@ def violation(bench: Bench, evaluation: Evaluation) -> float:
     the context, have 1.
     """
     worst = max((limit.value / limit.most - 1 for limit in _limits(bench, evaluation)), default=-1.0)
-    if evaluation.state == "complete":
+    if evaluation.state in ("complete", "stopped"):
         return min(worst, 0.0)
     return worst if worst > 0 else 1.0
 
@@ -53,13 +55,48 @@ def settled(bench: Bench, evaluation: Evaluation) -> Evaluation:
     reason = broken(bench, evaluation)
     if reason is not None:
         return evaluation.evolve(state="infeasible", reason=reason)
-    if evaluation.score is None:
+    if evaluation.score is None or not evaluation.is_trained:
         return evaluation
     if evaluation.score["diverged"]:
         return evaluation.evolve(state="diverged", reason="the training loss exploded or was not a number")
     if evaluation.val_bpb is None:
         return evaluation.evolve(state="failed", reason=f"with {evaluation.weights} weights its bits per byte are not a number")
     return evaluation.evolve(state="complete", reason=None)
+
+
+def stopped_if_behind(bench: Bench, evaluation: Evaluation, before: Sequence[Evaluation]) -> Evaluation:
+    """The record of a measured trial, with the state "stopped" if it is not worth training beyond the rung it has come to.
+
+    Args:
+        bench: what it is tried with.
+        evaluation: scored at one rung or several, not at the top.
+        before: every trial before it, finished.
+    """
+    rungs, speed = bench.settings.all_rungs(), bench.settings.speed
+    candidate = _rung_point(evaluation, speed, rungs)
+    others = [_rung_point(e, speed, rungs) for e in before if e.state in ("complete", "stopped") and e.duplicate_of is None]
+    if candidate is None:
+        return evaluation
+    found = verdict(candidate, [other for other in others if other is not None], rungs)
+    if not found.stop:
+        return evaluation
+    there = candidate.scores[-1]
+    reason = (
+        f"at {format_bytes(rungs[len(candidate.scores) - 1])} of text it scored {there:.3f}, which foretells {found.predicted:.3f} ± "
+        f"{found.stderr:.3f}; trial {found.behind}, at least as fast, has {found.best:.3f}"
+    )
+    foretold = {"loss": found.predicted, "stderr": found.stderr, "behind": found.behind}
+    return evaluation.evolve(state="stopped", reason=reason, score={**(evaluation.score or {}), "foretold": foretold})
+
+
+def _rung_point(evaluation: Evaluation, speed: Speed, rungs: Sequence[int]) -> RungPoint | None:
+    """Its times and scores; None if it was not measured. A model taken over from another precision was not scored on the way."""
+    seconds = [evaluation.on(device).seconds(speed) for device in (None, *evaluation.others)]
+    known = tuple(value for value in seconds if value is not None)
+    scores: list[float | None] = [loss_in(rung) for rung in evaluation.rungs]
+    if evaluation.is_trained:
+        scores = [*scores, *[None] * (len(rungs) - 1 - len(scores)), evaluation.loss]
+    return RungPoint(trial=evaluation.trial, seconds=known, scores=tuple(scores)) if len(known) == len(seconds) else None
 
 
 def _limits(bench: Bench, evaluation: Evaluation) -> list[_Limit]:

@@ -15,7 +15,6 @@ that was killed and gone on with are the same to the bit as those of one that wa
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import itertools
 import math
@@ -38,8 +37,8 @@ from nas.tokenizer import Tokenizer
 from nas.training import evaluate, using_threads
 from nas.training_folder import TrainingFolder
 from nas.training_step import MATRIX_RATE, Arithmetic, Decay, Learner, Portion, has_diverged, schedule
+from nas.utilisation import training_flops
 from search_spaces.config import SLMConfig
-from search_spaces.counting import prefill_flops_by_component
 from search_spaces.model import SLM
 from targets.quiet import yield_to_measuring
 
@@ -49,8 +48,6 @@ _STEPS = 2000
 _MOST_BATCH_TOKENS = 2**17
 PORTION_TOKENS = 16 * 1024
 """Tokens of a portion, unless the number of portions is given: what fits in most memories."""
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
-"""What mallopt(3) can be told, from malloc.h."""
 _REPORT_EVERY_S = 60.0
 """Seconds between two drawings of the loss curve, at least: the page is megabytes."""
 _SELDOM = 20
@@ -244,19 +241,6 @@ def pretrain(
     return trained
 
 
-def keep_memory() -> None:
-    """Has the C library keep what a step frees for the next one, in the whole process from now on; glibc alone can.
-
-    Else it returns large blocks to the system and takes them anew, which clears each page again. On two cores, medians of
-    six steps in new processes by turns: 1,592 and 1,595 tokens a second without, 1,780 and 1,685 with it (14 M parameters);
-    474,309 page faults without, 40,260 with it.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26)):
-            mallopt(parameter, value)
-
-
 def plan_of(settings: TrainSettings, config: SLMConfig, text: TokenFile) -> Plan:
     """Steps and windows for a model and a text.
 
@@ -280,15 +264,6 @@ def plan_of(settings: TrainSettings, config: SLMConfig, text: TokenFile) -> Plan
 def default_batch_tokens(tokens: int) -> int:
     """Tokens of a step of a training on so many: the power of two that makes 2,000 to 4,000 steps, at most 131,072."""
     return min(_MOST_BATCH_TOKENS, 1 << int(math.log2(max(1, tokens / _STEPS))))
-
-
-def training_flops(config: SLMConfig, window: int) -> float:
-    """FLOPs of training on a token: three times those of the forward pass, of which the backward pass is two.
-
-    So 6 FLOPs for each weight of a product, and those of attention (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B),
-    of which only the pairs that causal attention has are counted here.
-    """
-    return 3.0 * sum(prefill_flops_by_component(config, window, every_logit=True, masked=False).values()) / window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState, create_trial
 
+from nas.accuracy import UNTRAINED_BPB
 from nas.errors import InvalidRun, UserError
 from nas.evaluation import WEIGHTS, Evaluation, Speed
 from nas.run import without_password
@@ -32,9 +33,6 @@ SAMPLERS = ("tpe", "nsga2", "nsga3", "gp", "random")
 
 POPULATION = 16
 """Trials a generation of the genetic samplers: searches here have tens of trials, not the thousands that 50 suits."""
-
-UNTRAINED_BPB = 8.0
-"""Bits per byte of a model that knows nothing (256 equally likely bytes): told for candidates that were not trained."""
 
 VIOLATION = "violation"
 """The one constraint told: at most 0 if the candidate keeps every limit, else by which share it breaks the worst."""
@@ -102,20 +100,25 @@ def propose(
     return Proposal(trial=trial, params=drawn.params, distributions=drawn.distributions, system_attrs=attrs)
 
 
-def tell(study: optuna.Study, proposal: Proposal, evaluation: Evaluation, violation: float, speed: Speed) -> None:
+def tell(
+    study: optuna.Study, proposal: Proposal, evaluation: Evaluation, violation: float, speed: Speed, untrained_loss: float = UNTRAINED_BPB
+) -> None:
     """Adds a finished trial to the study, in one write.
 
-    A candidate that has no objectives is told as complete with its constraint violated (that is how Optuna's samplers
-    learn from it) and stand-ins for values: `UNTRAINED_BPB`, and on each device the measured time, else the estimated one,
-    else the longest told so far. The user attribute `state` says what really came of it.
+    Of a stopped candidate the loss is told that was foretold for it. One that has no objectives is told as complete with its
+    constraint violated (that is how Optuna's samplers learn from it) and stand-ins for values: the loss of a model that knows
+    nothing (the worst told so far if that is worse), and on each device the measured time, else the estimated one, else the
+    longest told so far. The user attribute `state` says what really came of it.
     """
     told = study.get_trials(deepcopy=False)
     assert len(told) == evaluation.trial, "trials are told in order"
-    bpb = evaluation.val_bpb if evaluation.val_bpb is not None else UNTRAINED_BPB
+    loss = evaluation.loss if evaluation.loss is not None else evaluation.foretold_loss
+    if loss is None:
+        loss = max([untrained_loss, *(t.values[0] for t in told)])
     # What ends before it is estimated knows nothing of the further devices.
     seen = [evaluation.on(None), *map(evaluation.on, evaluation.others)]
     seen += [Evaluation(trial=evaluation.trial)] * (len(study.directions) - 1 - len(seen))
-    values = [bpb]
+    values = [loss]
     for place, there in enumerate(seen, start=1):
         seconds = there.seconds(speed) or there.estimated_seconds(speed)
         values.append(max((t.values[place] for t in told), default=1.0) if seconds is None else seconds)
@@ -141,7 +144,7 @@ def open_study(storage: str | None, run_path: Path, name: str, devices: int = 1)
             set aside and begun anew (the evaluations in the folder are told to it again).
         run_path: the run folder.
         name: the study's name in the storage.
-        devices: how many the search is for: the objectives are bits per byte and the time on each.
+        devices: how many the search is for: the objectives are the loss and the time on each.
 
     Yields:
         The study, and a sentence about a damaged file, if there was one.

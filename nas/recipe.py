@@ -94,7 +94,9 @@ def write_recipe(chosen: Chosen, folder: Path) -> None:
         for name in ("model_config.yaml", "pretrain.yaml"):
             (folder / LITGPT / name).unlink(missing_ok=True)  # of an earlier export
     card = (folder / CARD).read_text(encoding="utf-8").rstrip().removesuffix(MARK).rstrip()
-    write_whole(folder / CARD, "\n".join([card, "", *_how(chosen.config, recipe, why), MARK, ""]))
+    if chosen.evaluation.twin is not None:
+        card = card.partition("\n## Loading\n")[0].rstrip()  # there is nothing to load before it is trained
+    write_whole(folder / CARD, "\n".join([card, "", *_how(chosen, recipe, why), MARK, ""]))
 
 
 def _training_arguments(recipe: Recipe) -> dict[str, Any]:
@@ -162,9 +164,10 @@ def yaml_of(values: Mapping[str, Any], depth: int = 0) -> str:
     return "".join(lines)
 
 
-def _how(config: SLMConfig, recipe: Recipe, why_not_litgpt: str) -> list[str]:
+def _how(chosen: Chosen, recipe: Recipe, why_not_litgpt: str) -> list[str]:
     """The card's section on training."""
-    trust = "" if native_form(config) is not None else " --trust"
+    trust = "" if native_form(chosen.config) is not None else " --trust"
+    warm = "" if chosen.evaluation.twin is not None else "; add `--init my-model` to go on from the weights here"
     litgpt = [
         "With litgpt, where `text` holds .txt files (its TextFiles data need `litgpt[extra]`; it has one rate for everything, "
         "and its decay is half a cosine):",
@@ -181,7 +184,7 @@ def _how(config: SLMConfig, recipe: Recipe, why_not_litgpt: str) -> list[str]:
         f"{significant(recipe.matrix_rate, 2)} for weight matrices and {significant(recipe.other_rate, 2)} for embeddings, norms and "
         "biases, by the rule of the search's own training for this size.",
         "",
-        "With edgewise, from random weights; add `--init my-model` to go on from the weights here:",
+        f"With edgewise, from random weights{warm}:",
         "",
         "```",
         f"edgewise train my-model --corpus TEXT --tokens {recipe.tokens} --out trained",

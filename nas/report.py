@@ -2,7 +2,7 @@
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
@@ -10,11 +10,26 @@ from typing import TYPE_CHECKING, Any
 from nas.across import CHOSEN, ON_FRONT, across
 from nas.breakdown import COLUMNS, breakdown_rows, trial_profiles
 from nas.charts import AXES, OBJECTIVE_AXIS, Figure, Reference, design_figure, front_figures, importance_figure
-from nas.describe import describe_config, describe_trial, format_bpb, format_bytes, format_count, format_ms, format_rate, format_s
+from nas.describe import (
+    describe_config,
+    describe_trial,
+    format_bpb,
+    format_bytes,
+    format_count,
+    format_loss,
+    format_ms,
+    format_rate,
+    format_s,
+    objective_words,
+    significant,
+    stopped_words,
+    twin_words,
+)
 from nas.evaluation import WEIGHTS, Evaluation, Speed, write_whole
 from nas.findings import findings
 from nas.front import choose, front_of, on_each
 from nas.importance import FEWEST_TRIALS, importances
+from nas.noise import Noise
 from nas.report_page import PAGE
 from search_spaces.workload import Workload
 
@@ -25,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Reference", "starts_among", "write_report"]
 
-_STAGES = ("count", "tokenizer", "compile", "measure", "train")
+_STAGES = ("count", "tokenizer", "compile", "measure", "train", "repeat")
 """The order in which a trial's stages are shown; others come after them."""
 
 _MOST_LISTED = 200
@@ -41,46 +56,48 @@ def write_report(
     *,
     speed: Speed = "decode",
     study: "optuna.Study | None" = None,
+    noise: Noise | None = None,
 ) -> Path:
     """Writes the page whole and returns its path.
 
     Args:
         run_title: the page's heading.
         evaluations: every trial, in any state; none at all is fine.
-        manifest: the run's settings, all shown. `device`, `created`, `corpus` and `train_bytes` head the page; each is
+        manifest: the run's settings, all shown. `device`, `created`, `corpus` and `budget_bytes` head the page; each is
             looked for at any depth and may be text, a number or a mapping with a `name`. With several `targets`, there is
             a front of each.
         path: the HTML file.
         references: models to mark by name: some of `evaluations` (see `starts_among`), or known ones from elsewhere.
         speed: the time the run searched by.
         study: the Optuna study, for its parameters' distributions.
+        noise: what one training of a model differs by from another, if it is known.
     """
     specs = [spec for spec in manifest.get("targets", ()) if isinstance(spec, Mapping)]
     devices = [_name(spec) for spec in specs] if len(specs) > 1 else []
     seen = on_each(evaluations, devices or [""])
     of_device = {device: [r.on(device if i else None) for r in references] for i, device in enumerate(seen)}
     front = front_of(evaluations, speed)
-    figures = [front_figures(there, speed, of_device[device]) for device, there in seen.items()]
+    figures = [front_figures(there, speed, of_device[device], noise) for device, there in seen.items()]
     first = OBJECTIVE_AXIS[speed] if any(OBJECTIVE_AXIS[speed] in drawn for drawn in figures) else next((k for f in figures for k in f), "")
     shares = importances(evaluations, speed, study)
     design = design_figure(evaluations, speed, devices)
     drawn: dict[str, Any] = {"front": figures[0], "others": figures[1:], "first": first, "design": design}
-    drawn["importance"] = None if shares is None else importance_figure(shares, devices)
+    drawn["importance"] = None if shares is None else importance_figure(shares, devices, objective=objective_words(evaluations))
     page = Template(PAGE).substitute(
         title=html.escape(run_title),
         headline=_headline(manifest, devices, evaluations, front),
-        findings="".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings(evaluations, speed, devices)),
+        findings="".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings(evaluations, speed, devices, noise)),
         chosen=_chosen(evaluations, speed, devices),
         buttons=_buttons(figures, first),
-        front_note=_front_note(figures),
+        front_note=_front_note(figures, evaluations, noise),
         charts="".join(f'{_device_heading(device)}<div id="front{i or ""}"></div>' for i, device in enumerate(seen)),
-        table=_fronts(evaluations, speed, devices, references),
+        table=_fronts(evaluations, speed, devices, references, noise),
         breakdowns="".join(
             _device_heading(device) + _breakdowns(front_of(there, speed), speed, manifest, specs[i] if specs else manifest)
             for i, (device, there) in enumerate(seen.items())
         ),
         design_note=note(
-            "One line per complete candidate, dark where bits per byte are few. Drag along an axis to pick out some."
+            "One line per complete candidate, dark where the loss is small. Drag along an axis to pick out some."
             if design
             else "Too few candidates have completed to compare their designs."
         ),
@@ -133,15 +150,16 @@ def _device_heading(device: str) -> str:
 
 
 def _headline(manifest: Mapping[str, Any], devices: Sequence[str], evaluations: Sequence[Evaluation], front: Sequence[Evaluation]) -> str:
-    done = sum(e.state == "complete" for e in evaluations)
-    budget = _find(manifest, "train_bytes")
+    done, stopped = (sum(e.state == state for e in evaluations) for state in ("complete", "stopped"))
+    budget = _find(manifest, "budget_bytes")
     items = [
         ("Devices", ", ".join(devices)) if devices else ("Device", _name(_find(manifest, "device"))),
         ("Date", _name(_find(manifest, "created"))),
         ("Corpus", _name(_find(manifest, "corpus"))),
         ("Training text", format_bytes(budget) if isinstance(budget, int | float) and not isinstance(budget, bool) else _name(budget)),
         ("Weights", "" if (weights := _name(_find(manifest, "weights"))) == "fp32" else weights.replace(",", ", ")),
-        ("Trials", f"{done} of {len(evaluations)} complete"),
+        ("Accuracy", "" if (words := objective_words(evaluations)) == "bits per byte" else words),
+        ("Trials", f"{done} of {len(evaluations)} complete" + (f", {stopped} stopped early" if stopped else "")),
         ("Joint front" if devices else "Front", f"{len(front)} {'model' if len(front) == 1 else 'models'}"),
     ]
     return "".join(f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in items if value)
@@ -171,6 +189,10 @@ def _chosen(evaluations: Sequence[Evaluation], speed: Speed, devices: Sequence[s
     words = html.escape(describe_trial(best)) if best.config is not None else "architecture unknown"
     seen = on_each([best], devices or [""])
     figures = [(format_bpb(best.val_bpb, best.val_bpb_stderr), "bits per byte")]
+    if best.task is not None:
+        figures.insert(0, (format_loss(best), objective_words([best])))
+    if twin := twin_words(best):
+        figures.append((twin, "what was trained and scored"))
     for device, (e, *_) in seen.items():
         where = f" on {device}" if devices else ""
         figures += [
@@ -196,57 +218,95 @@ def _buttons(figures: Sequence[Mapping[str, Figure]], first: str) -> str:
     )
 
 
-def _front_note(figures: Sequence[Mapping[str, Figure]]) -> str:
-    return "" if any(figures) else note("Nothing to draw yet: no trial has both bits per byte and a time.")
+def _front_note(figures: Sequence[Mapping[str, Figure]], evaluations: Sequence[Evaluation], noise: Noise | None) -> str:
+    """What the error bars are, and what is drawn that does not compare."""
+    if not any(figures):
+        return note("Nothing to draw yet: no trial has both a score and a time.")
+    over = "the tasks that are scored" if any(e.task is not None and e.task.get("kind") != "text" for e in evaluations) else "held-out text"
+    if noise is None:
+        words = (
+            f"Error bars are one standard error over {over}, the same for all candidates; how much another seed would change is not known."
+        )
+    else:
+        words = (
+            f"Error bars are the standard deviation between trainings with other seeds, {significant(noise.sigma, 2)}; the ± of the table "
+            f"below is another error, that over {over}, which is the same for all candidates. Hollow marks of the front are closer to "
+            f"a neighbour than {significant(noise.least_difference, 2)}, so noise may have put them in this order."
+        )
+    stopped = " Crosses are trials that were stopped early, at the score of less text: they do not compare with the rest."
+    return note(words + (stopped if any(e.state == "stopped" for e in evaluations) else ""))
 
 
-_COLUMNS = ("trial", "architecture", "parameters", "weights", "ms/token", "request", "characters/s", "peak", "bits per byte")
+def _columns(evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
+    """Those of a table of models; some are shown only if a cell says something."""
+    start = ("trial", "architecture", "parameters", "weights", "ms/token", "request", "characters/s", "peak")
+    return (*start, objective_words(evaluations), "order", "score of")
 
 
-def _fronts(evaluations: Sequence[Evaluation], speed: Speed, devices: Sequence[str], references: Sequence[Reference]) -> str:
+_OPTIONAL = ("weights", "order", "score of")
+
+
+def _fronts(
+    evaluations: Sequence[Evaluation], speed: Speed, devices: Sequence[str], references: Sequence[Reference], noise: Noise | None
+) -> str:
     """The front; of several devices first the models by what they take on each, then the front of each. Then the references."""
     known = [r for r in references if r.evaluation not in evaluations]
     if not devices:
-        return _front_table(evaluations, speed) + _references(known)
+        return _front_table(evaluations, speed, noise) + _references(known)
     found = across(evaluations, speed, devices)
     if not found.front:
         return note("The front is empty.") + _references(known)
     rows = []
+    hollow = noise.unresolved(found.front) if noise is not None else frozenset()
     for e in found.front:
         is_best = found.chosen is not None and e.trial == found.chosen.trial
         start = [f"{e.trial}{' ★' if is_best else ''}", describe_trial(e), format_count(e.params)]
-        rows.append(([*start, *found.times[e.trial], format_bpb(e.val_bpb, e.val_bpb_stderr)], "best" if is_best else ""))
-    columns = ("trial", "architecture", "parameters", *devices, "bits per byte")
+        end = [format_loss(e), _order_words(e, hollow), twin_words(e)]
+        rows.append(([*start, *found.times[e.trial], *end], "best" if is_best else ""))
+    columns = ("trial", "architecture", "parameters", *devices, objective_words(found.front), "order", "score of")
     legend = note(f"Under each device the {found.unit}; {CHOSEN} is the default choice there, {ON_FRONT} a model on its front.")
-    parts = [_table(columns, rows, wide=(1,)), legend]
+    parts = [_table(*_without_empty(columns, rows), wide=(1,)), legend]
     for i, (device, seen) in enumerate(on_each(evaluations, devices).items()):
         beside = [r.on(device if i else None) for r in known]
-        inside = _front_table(seen, speed) + _references(beside)
+        inside = _front_table(seen, speed, noise) + _references(beside)
         parts.append(f"<details><summary>The front on {html.escape(device)}</summary>{inside}</details>")
     return "".join(parts)
 
 
-def _front_table(evaluations: Sequence[Evaluation], speed: Speed) -> str:
+def _front_table(evaluations: Sequence[Evaluation], speed: Speed, noise: Noise | None) -> str:
     front = front_of(evaluations, speed)
     if not front:
         return note("The front is empty.")
     best = choose(front, speed)
-    rows = [(_row(e, f"{e.trial}{' ★' if e is best else ''}"), "best" if e is best else "") for e in front]
-    keep = [i for i, name in enumerate(_COLUMNS) if name != "weights" or any(e.names_weights for e in front)]
-    return _table([_COLUMNS[i] for i in keep], [([cells[i] for i in keep], kind) for cells, kind in rows], wide=(1,))
+    hollow = noise.unresolved(front) if noise is not None else frozenset()
+    rows = [(_row(e, f"{e.trial}{' ★' if e is best else ''}", hollow), "best" if e is best else "") for e in front]
+    return _table(*_without_empty(_columns(front), rows), wide=(1,))
 
 
-def _row(e: Evaluation, name: str) -> list[str]:
+def _without_empty(columns: Sequence[str], rows: Sequence[tuple[list[str], str]]) -> tuple[list[str], list[tuple[list[str], str]]]:
+    """A table's columns and rows without those of `_OPTIONAL` in which no cell says anything."""
+    keep = [i for i, name in enumerate(columns) if name not in _OPTIONAL or any(cells[i] for cells, _ in rows)]
+    plain = ["fp32" if name == "weights" else "" for name in columns]
+    return [columns[i] for i in keep], [([cells[i] or plain[i] for i in keep], kind) for cells, kind in rows]
+
+
+def _order_words(e: Evaluation, hollow: Collection[int]) -> str:
+    return "within noise" if e.trial in hollow else ""
+
+
+def _row(e: Evaluation, name: str, hollow: Collection[int] = ()) -> list[str]:
     return [
         name,
         describe_config(e.config) if e.config is not None else "–",
         format_count(e.params),
-        e.weights,
+        e.weights if e.names_weights else "",
         format_ms(e.decode_s_per_token),
         format_s(e.request_s),
         format_rate(1 / e.s_per_byte if e.s_per_byte else None),
         format_bytes(e.peak_bytes),
-        format_bpb(e.val_bpb, e.val_bpb_stderr),
+        format_loss(e),
+        _order_words(e, hollow),
+        twin_words(e),
     ]
 
 
@@ -255,7 +315,8 @@ def _references(references: Sequence[Reference]) -> str:
     if not references:
         return ""
     rows = [([*_row(r.evaluation, r.name), r.evaluation.reason or ""], "") for r in references]
-    return "<h3>References, measured beside</h3>" + _table(("model", *_COLUMNS[1:], "note"), rows, wide=(1, len(_COLUMNS)))
+    columns, rows = _without_empty(("model", *_columns([r.evaluation for r in references])[1:], "note"), rows)
+    return "<h3>References, measured beside</h3>" + _table(columns, rows, wide=(1, len(columns) - 1))
 
 
 def _breakdowns(front: Sequence[Evaluation], speed: Speed, manifest: Mapping[str, Any], device: Mapping[str, Any]) -> str:
@@ -300,7 +361,10 @@ def _unfinished(evaluations: Sequence[Evaluation]) -> str:
     rest = sorted((e for e in evaluations if e.state != "complete"), key=lambda e: e.trial)
     if not rest:
         return note("Every trial completed." if evaluations else "No trial has been made yet.")
-    rows = [([str(e.trial), e.state, e.reason or "–", format_count(e.params), describe_trial(e)], "") for e in rest[:_MOST_LISTED]]
+    rows = [
+        ([str(e.trial), stopped_words(e) or e.state, e.reason or "–", format_count(e.params), describe_trial(e)], "")
+        for e in rest[:_MOST_LISTED]
+    ]
     table = _table(("trial", "state", "reason", "parameters", "architecture"), rows, wide=(2, 4))
     return table + (note(f"… and {len(rest) - _MOST_LISTED} more.") if len(rest) > _MOST_LISTED else "")
 

@@ -84,11 +84,18 @@ _DRAW = """
 
 _READING = """
 <p><b>Bits per byte</b> is how many bits the model needs, on average, to predict the next byte of text it has not seen; lower is better.
-It compares models with different vocabularies, which loss per token does not. ± is one standard error over held-out documents: two models
-closer than about twice that cannot be told apart by this run.</p>
+It compares models with different vocabularies, which loss per token does not. With <code>--accuracy FILE</code> a search minimises the
+loss on that file instead, and shares of right answers stand beside it in brackets.</p>
+<p>There are <b>two errors</b>, and they are of different things. ± is one standard error over the held-out documents or tasks: other text
+would move all candidates together, as they share it. The error bars of the picture, where the run has repeats, are the standard deviation
+between trainings of one model with other seeds: that moves each candidate by itself. Two models closer than 2√2 of it cannot be told
+apart by one training each; on the front they are hollow, and “within noise” in the table.</p>
+<p>A trial that was <b>stopped early</b> was surely beaten by then: a grey cross at the score of the text that it had read, which does not
+compare with scores of the whole budget; it is never on the front. A <b>twin</b> is a smaller model of the same kind, trained and scored
+in place of one too large to train here; times and sizes are always of the model itself.</p>
 <p><b>Characters per second</b> is text generated, counting one byte as one character. It is the fair measure of speed: a larger vocabulary
 takes longer for a token but needs fewer of them. A <b>request</b> is the whole job, reading the prompt and writing the answer.</p>
-<p><b>The front</b> holds the models that no other candidate beats in both speed and accuracy. Filled marks are that front on every axis;
+<p><b>The front</b> holds the models that no other candidate beats in both speed and accuracy. Large marks are that front on every axis;
 the step line is the best accuracy reachable at each value of the axis shown. The <b>default choice</b> (★) is the knee: the point furthest
 below the line joining the front's ends, on a log time scale. Past it, a little accuracy costs a lot of time.</p>
 <p>In a search over <b>several devices</b> every model is trained once and measured on each. There is a front on each device, and the

@@ -7,6 +7,8 @@ study.db                   Optuna storage (unless --storage)
 tokenizers/2048.json       one per vocabulary size asked for
 trials/00003.json          an `Evaluation`, growing step by step; 00003.json.damaged: set aside, done again
 references/NAME.json       an `Evaluation` of a model that was measured beside the candidates; its trial is -1
+noise/00003-1.json         an `Evaluation` of trial 3 trained once more, with seed 1
+training/00003.safetensors where the training of a trial under way stands, at its last rung
 weights/00003.safetensors  trained weights and their score; in the end for trials on the front only; .damaged: as above
 front.json                 the front so far
 log.jsonl                  when each step began and was done, and its seconds: the only file with wall-clock times
@@ -28,6 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from nas.accuracy import HELD_OUT, accuracy_words, same_accuracy
 from nas.errors import InvalidRun
 from nas.evaluation import Evaluation, write_whole
 
@@ -49,9 +52,11 @@ _OPTIONS = {
     "targets": "--target",
     "space": "--space",
     "corpus": "--corpus",
-    "train_bytes": "--train-bytes",
+    "budget_bytes": "--budget",
+    "rungs": "--rungs",
     "sampler": "--sampler",
     "speed": "--speed",
+    "accuracy": "--accuracy",
     "weights": "--weights",
     "storage": "--storage",
     "ahead": "--ahead",
@@ -96,6 +101,10 @@ class Run:
         """Where a trial's trained weights are, if they are kept."""
         return self.path / "weights" / f"{trial:05d}.safetensors"
 
+    def training_path(self, trial: int) -> Path:
+        """Where the training of a trial under way stands; removed once the trial is over."""
+        return self.path / "training" / f"{trial:05d}.safetensors"
+
     def tokenizer_path(self, vocab_size: int) -> Path:
         """Where the tokenizer for a requested vocabulary size is."""
         return self.path / "tokenizers" / f"{vocab_size}.json"
@@ -108,6 +117,10 @@ class Run:
         """Where the record of a model measured beside the candidates is; the name must be one of a file."""
         assert name == Path(name).name and not name.startswith(".")
         return self.path / "references" / f"{name}.json"
+
+    def repeat_path(self, trial: int, seed: int) -> Path:
+        """Where the record of a trial that was trained once more, with another seed, is."""
+        return self.path / "noise" / f"{trial:05d}-{seed}.json"
 
     # --- devices --------------------------------------------------------------------------
 
@@ -158,6 +171,10 @@ class Run:
         """
         return {path.stem: Evaluation.load(path) for path in sorted((self.path / "references").glob("*.json"))}
 
+    def repeat_paths(self) -> list[Path]:
+        """The records that there are of trials trained once more with other seeds (see `nas.noise`)."""
+        return sorted((self.path / "noise").glob("*.json"))
+
     def set_aside(self, path: Path) -> Path:
         """Renames a damaged file out of the way and returns its new path; nothing is deleted."""
         aside = path.with_name(path.name + ".damaged")
@@ -194,11 +211,12 @@ class Run:
                 yield entry
 
     def stage_seconds(self) -> dict[int, dict[str, float]]:
-        """Seconds of each finished step, by trial and step; on all devices together."""
+        """Seconds of each finished step, by trial and step; on all devices, to all rungs and with all seeds together."""
         last: dict[tuple[int, str, str], float] = {}
         for entry in self.log_entries():
             if entry["event"] == "done" and isinstance(entry.get("seconds"), int | float) and isinstance(entry["trial"], int):
-                last[entry["trial"], str(entry["step"]), str(entry.get("device", ""))] = float(entry["seconds"])
+                part = str(entry.get("device", entry.get("seed", entry.get("train_bytes", ""))))
+                last[entry["trial"], str(entry["step"]), part] = float(entry["seconds"])
         seconds: dict[int, dict[str, float]] = {}
         for (trial, step, _), value in last.items():
             of = seconds.setdefault(trial, {})
@@ -331,6 +349,8 @@ def _same_run(run: Run, wanted: Mapping[str, Any]) -> None:
         if key == "settings":
             inner = next((k for k in (*before, *now) if before.get(k) != now.get(k)), "")
             name, before, now = inner, before.get(inner), now.get(inner)
+            if inner == "accuracy":
+                before, now = (accuracy_words(m["settings"].get(inner, HELD_OUT)) for m in (run.manifest, wanted))
         elif key == "corpus":
             before, now = (f"{c.get('name')} (sha256 {str(c.get('sha256'))[:12]})" for c in (run.manifest[key], wanted[key]))
         elif key == "space":
@@ -366,7 +386,8 @@ def _comparable(key: str, value: Any) -> Any:
     if key == "corpus":
         return value.get("sha256")  # the same text under another name or path is the same corpus
     if key == "settings":
-        value = {"weights": "fp32", "ahead": 1, **value}  # a run from before there was a choice
+        value = {"weights": "fp32", "ahead": 1, "accuracy": HELD_OUT, "rungs": "none", **value}  # a run from before there was a choice
+        value["accuracy"] = same_accuracy(value["accuracy"])
         if isinstance(value.get("storage"), str):
             value["storage"] = without_password(value["storage"])
     return value

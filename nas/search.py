@@ -21,16 +21,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cost_models.estimate import CostModel
+from nas.accuracy import UNTRAINED_BPB
 from nas.candidates import Candidate
 from nas.corpus import Corpus
 from nas.errors import InvalidRun, UserError
 from nas.evaluation import Evaluation, Speed, write_whole
-from nas.front import choose, front_json, front_of, on_each, speed_of
+from nas.front import choose, front_json, front_of, speed_of
 from nas.limits import violation
 from nas.measuring import servers
+from nas.noise import make_repeats, noise_of, set_damaged_repeats_aside
 from nas.run import FORMAT, Run, changed_versions, utc_now, versions
 from nas.settings import Bench, Settings, View
-from nas.trained import restore
+from nas.trained import forget_training, on_fronts, restore
 from search_spaces.space import Space
 from targets.quiet import working, yield_to_measuring
 from targets.spec import DeviceSpec
@@ -116,6 +118,7 @@ def search(
     view: View,
     trials: int | None = None,
     timeout_s: float | None = None,
+    repeats: int | None = None,
     references: "Sequence[NamedModel]" = (),
 ) -> Outcome:
     """Searches in a run folder, going on from where it stands.
@@ -123,13 +126,14 @@ def search(
     `trials` counts every trial of the run that is over, in any state, those of earlier sessions too. `timeout_s` counts
     this session; the trial under way when it passes is finished (of several the first; the next session takes up the others).
     With neither, `DEFAULT_TRIALS`. Every trial is measured on all `targets`, in the order of the run's manifest; so are the
-    `references`, once in a run.
+    `references`, once in a run. At the end, after the time too, models of the front are trained again (`nas.noise.make_repeats`,
+    which says what `repeats` is).
     A keyboard interrupt ends the search as the end of time does, except that the trial under way stops where it is and
     is taken up again by the next session.
 
     Raises:
         InvalidRun: if another process has the run, or its storage cannot be opened.
-        UserError: if a number of trials or seconds is not above 0, or two references are called alike.
+        UserError: if a number of trials or seconds is not above 0, one of repeats below 0, or two references are called alike.
         OSError: if the folder cannot be written any more; what is in it stays.
     """
     from nas.proposals import make_sampler, open_study
@@ -160,6 +164,7 @@ def search(
         if changed is not None:
             view.note(changed)
         _set_damaged_aside(run, view)
+        set_damaged_repeats_aside(run, view)
         with open_study(settings.storage, run.path, f"edgewise-{run.manifest['id']}", len(targets)) as (study, repaired):
             if repaired is not None:
                 view.note(repaired)
@@ -168,6 +173,7 @@ def search(
                 measure_references(bench, references)
                 _loop(bench, study, most, deadline)
                 _restore_front(bench)
+                make_repeats(bench, repeats)
                 interrupted = False
             except KeyboardInterrupt:
                 interrupted = True
@@ -259,6 +265,7 @@ def _begun(
     number = len(done) + len(under_way)
     evaluation = bench.run.load(number)
     if evaluation is not None and evaluation.state != "running":
+        forget_training(bench.run, number)  # if the session before was killed just then
         return evaluation
     if not may_begin(number):
         return None
@@ -285,7 +292,9 @@ def _tell(bench: Bench, study: "optuna.Study", first: Candidate | Evaluation, ev
     else:
         # Another version of Optuna may propose otherwise than the one that made the record.
         proposal = dataclasses.replace(_proposal(bench, study, evaluation.trial), params=evaluation.params_drawn)
-    tell(study, proposal, evaluation, violation(bench, evaluation), bench.settings.speed)
+    accuracy = bench.settings.accuracy
+    untrained_loss = UNTRAINED_BPB if accuracy is None else accuracy.untrained_loss
+    tell(study, proposal, evaluation, violation(bench, evaluation), bench.settings.speed, untrained_loss)
 
 
 def _finish(bench: Bench, interrupted: bool) -> Outcome:
@@ -309,7 +318,8 @@ def rewrite_report(run: Run) -> None:
     evaluations = run.evaluations()
     references = starts_among(evaluations, Space.from_dict(run.manifest["space"]))
     references += [Reference(name=name, evaluation=e) for name, e in run.references().items()]
-    write_report(run.name, evaluations, run.manifest, run.report_path, references, speed=speed_of(run))
+    noise = noise_of(run, evaluations)
+    write_report(run.name, evaluations, run.manifest, run.report_path, references, speed=speed_of(run), noise=noise)
 
 
 # --- the front on disk ------------------------------------------------------------------------
@@ -317,20 +327,11 @@ def rewrite_report(run: Run) -> None:
 
 def _keep_front(run: Run, done: Sequence[Evaluation], speed: Speed) -> None:
     """Writes front.json whole, and deletes the weights of finished trials off every front: what is beaten once stays beaten."""
-    write_whole(run.front_path, json.dumps(front_json(done, speed, run.devices, run.references()), indent=1) + "\n")
-    kept = {e.trial for e in _on_fronts(run, done, speed)}
+    write_whole(run.front_path, json.dumps(front_json(done, speed, run.devices, run.references(), noise_of(run, done)), indent=1) + "\n")
+    kept = {e.trial for e in on_fronts(run, done, speed)}
     for evaluation in done:
         if evaluation.trial not in kept:
             run.weights_path(evaluation.trial).unlink(missing_ok=True)
-
-
-def _on_fronts(run: Run, done: Sequence[Evaluation], speed: Speed) -> list[Evaluation]:
-    """The trials on the front of any device, or on the joint one."""
-    fronts = [front_of(done, speed)]
-    if len(run.devices) > 1:
-        fronts += [front_of(seen, speed) for seen in on_each(done, run.devices).values()]
-    kept = {e.trial for front in fronts for e in front}
-    return [e for e in done if e.trial in kept]
 
 
 # --- repairs ----------------------------------------------------------------------------------
@@ -339,7 +340,7 @@ def _on_fronts(run: Run, done: Sequence[Evaluation], speed: Speed) -> list[Evalu
 def _restore_front(bench: Bench) -> None:
     """Makes what the front's exports need anew, if it is lost: at the end, as only then the front is sure."""
     done = [e for e in bench.run.evaluations() if e.state != "running"]
-    for evaluation in _on_fronts(bench.run, done, bench.settings.speed):
+    for evaluation in on_fronts(bench.run, done, bench.settings.speed):
         restore(bench, evaluation.evolve(stage_s={}))
 
 

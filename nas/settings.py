@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cost_models.estimate import CostModel
+from nas.accuracy import HELD_OUT, Accuracy
 from nas.corpus import Corpus
 from nas.errors import UserError
 from nas.evaluation import Evaluation, Speed
 from nas.run import Run, without_password
+from nas.rungs import rungs_below
 from search_spaces.precision import PRECISIONS, Precision
 from search_spaces.space import Space
 from search_spaces.workload import Workload
@@ -51,8 +53,12 @@ class Settings:
     seed: int = 0
     sampler: str = "tpe"
     speed: Speed = "request"
-    train_bytes: int = 384_000
-    """Text that each candidate trains on."""
+    budget_bytes: int = 384_000
+    """Text that a candidate trains on unless it is stopped before: the top rung."""
+    rungs: tuple[int, ...] | None = None
+    """Text at which a candidate is scored on the way, and may be stopped, ascending; None: `nas.rungs.rungs_below` chooses."""
+    accuracy: Accuracy | None = None
+    """The file whose loss is minimised; None: bits per byte of the corpus's held-out documents are."""
     weights: tuple[Precision, ...] = ("fp32",)
     """Precision of the deployed matrices; of several, the search chooses."""
     workload: Workload = dataclasses.field(default_factory=Workload)
@@ -72,6 +78,15 @@ class Settings:
         if not 1 <= self.ahead <= MOST_AHEAD:
             raise UserError(f"ahead={self.ahead} is not within 1 and {MOST_AHEAD}; choose one that is")
         self.budget()
+        self.all_rungs()
+
+    def all_rungs(self) -> tuple[int, ...]:
+        """Text at which a candidate is scored, in bytes, ascending; the last is the budget.
+
+        Raises:
+            UserError: if they do not ascend to it.
+        """
+        return (*rungs_below(self.budget_bytes, self.rungs), self.budget_bytes)
 
     def budget(self) -> "Budget":
         """The training budget.
@@ -81,14 +96,16 @@ class Settings:
         """
         from nas.training import Budget
 
-        return Budget(train_bytes=self.train_bytes)
+        return Budget(train_bytes=self.budget_bytes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values of what must stay the same in a run, the seed apart."""
         return {
             "sampler": self.sampler,
             "speed": self.speed,
-            "train_bytes": self.train_bytes,
+            "budget_bytes": self.budget_bytes,
+            "rungs": ",".join(map(str, self.all_rungs()[:-1])) or "none",
+            "accuracy": HELD_OUT if self.accuracy is None else self.accuracy.to_dict(),
             "weights": ",".join(self.weights),
             "prompt_bytes": self.workload.prompt_bytes,
             "generate_bytes": self.workload.generate_bytes,

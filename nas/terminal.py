@@ -15,10 +15,25 @@ from rich.table import Table
 from rich.text import Text
 
 from nas.across import CHOSEN, DOUBTFUL, ON_FRONT, across, time_words
-from nas.describe import describe_config, describe_trial, format_bpb, format_bytes, format_count, format_ms, format_rate, format_s
-from nas.evaluation import Evaluation, Speed
-from nas.findings import is_doubtful, is_noisy, is_slow
+from nas.describe import (
+    describe_config,
+    describe_trial,
+    format_bytes,
+    format_count,
+    format_loss,
+    format_ms,
+    format_rate,
+    format_s,
+    is_text,
+    objective_words,
+    significant,
+    twin_words,
+)
+from nas.doubts import is_doubtful, is_noisy, is_slow
+from nas.evaluation import Evaluation, Speed, loss_in
 from nas.front import choose, front_of, on_each
+from nas.noise import Noise
+from search_spaces.counting import params
 
 _ROWS = 10
 """Models of the front shown while a search runs: the view has to fit on the screen to be redrawn in place."""
@@ -61,8 +76,21 @@ def parseable_line(evaluation: Evaluation) -> str:
     for device, there in evaluation.others.items():
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", device)
         words += [f"{name}.{field}={value}" for field in _DEVICE_FIELDS if (value := getattr(there, field)) is not None]
+    words += [f"{name}={value}" for name, value in _score_facts(evaluation).items() if value is not None]
     words += [f"{word}=true" for word, holds in (("noisy", is_noisy), ("slow", is_slow)) if holds(evaluation.measurement)]
     return " ".join(words)
+
+
+def _score_facts(evaluation: Evaluation) -> dict[str, Any]:
+    """What a line says of a score that is not, or not only, bits per byte of the model itself at the whole budget."""
+    facts: dict[str, Any] = {}
+    if evaluation.task is not None:
+        facts |= {"loss": evaluation.loss, "loss_stderr": evaluation.loss_stderr, "task_accuracy": evaluation.task.get("accuracy")}
+    if (rung := evaluation.last_rung) is not None:
+        facts |= {"stopped_at_bytes": rung.get("train_bytes"), "loss_there": loss_in(rung)}
+    if evaluation.twin is not None:
+        facts["twin_params"] = params(evaluation.twin)
+    return facts
 
 
 def front_table(
@@ -72,6 +100,7 @@ def front_table(
     most: int | None = None,
     width: int | None = None,
     references: Mapping[str, Evaluation] | None = None,
+    noise: Noise | None = None,
 ) -> Table:
     """The front as a rich table, fastest first, the default choice marked with ★, times that were noisy or slow with ~.
 
@@ -82,6 +111,7 @@ def front_table(
             are left out.
         width: columns of the terminal, if known; below `_NARROW` request time and memory are left out.
         references: models measured beside, by name, to list below.
+        noise: what one training differs by from another: a column more, with ≈ at models that it leaves in no sure order.
 
     The precision of weights is a column only where people are told (`Evaluation.names_weights`).
     """
@@ -89,17 +119,19 @@ def front_table(
     best = choose(front, speed)
     shown = _spread(front, best, most)
     beside = references or {}
-    names = ["trial", "", "bits/byte", "ms/token", "request", "chars/s", "params", "weights", "peak"]
-    rows = [_cells(e, str(e.trial), "★" if e is best else "") for e in shown]
+    names = ["trial", "", _loss_name(front), "± seed", "ms/token", "request", "chars/s", "params", "weights", "peak", "score of"]
+    rows = [_cells(e, str(e.trial), "★" if e is best else "", _seed_cell(e, front, noise)) for e in shown]
     rows += [_cells(e, name, "ref") for name, e in beside.items()]
     left_out = {"request", "peak"} if width is not None and width < _NARROW else set()
     left_out |= set() if any(e.names_weights for e in (*front, *beside.values())) else {"weights"}
+    left_out |= _silent(front, noise)
     keep = [i for i, name in enumerate(names) if name not in left_out]
     names, rows = [names[i] for i in keep], [[*(row[i] for i in keep), row[-1]] for row in rows]
     table = _table(names, rows, {i for i, e in enumerate(shown) if e is best}, most is not None)
     notes = [f"{len(front) - len(shown)} more on the front"] if len(shown) < len(front) else []
     if any(is_doubtful(e) for e in (*shown, *beside.values())):
         notes.append("~ times spread widely, or the device ran slow")
+    notes += _noise_notes(front, noise)
     table.caption = _caption(notes if front else ["no model on the front yet"], beside)
     return table
 
@@ -111,6 +143,7 @@ def joint_table(
     *,
     most: int | None = None,
     references: Mapping[str, Evaluation] | None = None,
+    noise: Noise | None = None,
 ) -> Table:
     """The joint front of a search over several devices as a rich table: every model's time on each, and where it wins.
 
@@ -120,24 +153,55 @@ def joint_table(
         devices: names, in the order of the run's manifest.
         most: as for `front_table`.
         references: models measured beside, by name, to list below.
+        noise: as for `front_table`.
     """
     found, beside = across(evaluations, speed, devices), references or {}
     shown = _spread(found.front, found.chosen, most)
-    names = ["trial", "", "bits/byte", *devices, "params"]
-    rows = [[str(e.trial), "★" if e is found.chosen else "", *_joint_cells(e, found.times[e.trial])] for e in shown]
+    names = ["trial", "", _loss_name(found.front), "± seed", *devices, "params", "score of"]
+    rows = []
+    for e in shown:
+        seed = _seed_cell(e, found.front, noise)
+        rows.append([str(e.trial), "★" if e is found.chosen else "", *_joint_cells(e, seed, found.times[e.trial])])
     for name, e in beside.items():
-        rows.append([name, "ref", *_joint_cells(e, [time_words(there[0], speed) for there in on_each([e], devices).values()])])
+        rows.append([name, "ref", *_joint_cells(e, "", [time_words(there[0], speed) for there in on_each([e], devices).values()])])
+    keep = [i for i, name in enumerate(names) if name not in _silent(found.front, noise)]
+    names, rows = [names[i] for i in keep], [[*(row[i] for i in keep), row[-1]] for row in rows]
     table = _table(names, rows, {i for i, e in enumerate(shown) if e is found.chosen}, most is not None)
     notes = [f"{len(found.front) - len(shown)} more on the joint front"] if len(shown) < len(found.front) else []
     notes.append(f"{found.unit} on each device; {CHOSEN} default choice there, {ON_FRONT} on its front")
     if any(DOUBTFUL in cell for row in found.times.values() for cell in row):
         notes.append("~ times spread widely, or the device ran slow")
+    notes += _noise_notes(found.front, noise)
     table.caption = _caption(notes if found.front else ["no model on the front yet"], beside)
     return table
 
 
-def _joint_cells(e: Evaluation, times: Sequence[str]) -> list[str]:
-    return [format_bpb(e.val_bpb, e.val_bpb_stderr), *times, format_count(e.params), describe_trial(e)]
+def _joint_cells(e: Evaluation, seed: str, times: Sequence[str]) -> list[str]:
+    return [format_loss(e), seed, *times, format_count(e.params), twin_words(e), describe_trial(e)]
+
+
+def _loss_name(evaluations: Sequence[Evaluation]) -> str:
+    """The head of the column of what was minimised."""
+    return "bits/byte" if all(e.task is None for e in evaluations) else objective_words(evaluations)
+
+
+def _seed_cell(e: Evaluation, front: Sequence[Evaluation], noise: Noise | None) -> str:
+    return "" if noise is None else significant(noise.sigma, 2) + (" ≈" if e.trial in noise.unresolved(front) else "")
+
+
+def _silent(front: Sequence[Evaluation], noise: Noise | None) -> set[str]:
+    """Columns that would say nothing."""
+    return ({"± seed"} if noise is None else set()) | (set() if any(e.twin is not None for e in front) else {"score of"})
+
+
+def _noise_notes(front: Sequence[Evaluation], noise: Noise | None) -> list[str]:
+    if noise is None:
+        return []
+    over, least = "documents" if is_text(front) else "tasks", significant(noise.least_difference, 2)
+    notes = [f"± seed: standard deviation between seeds, from {noise.trainings} trainings; the ± before it is over {over}"]
+    if noise.unresolved(front):
+        notes.append(f"≈ closer than {least} to a neighbour: other seeds may turn their order round")
+    return notes
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]], bold: set[int], one_line: bool) -> Table:
@@ -163,12 +227,13 @@ def _caption(notes: Sequence[str], references: Mapping[str, Evaluation]) -> Text
     return Text("\n".join(lines)) if lines else None
 
 
-def _cells(e: Evaluation, name: str, sign: str) -> list[str]:
+def _cells(e: Evaluation, name: str, sign: str, seed: str = "") -> list[str]:
     mark = "~" if is_doubtful(e) else ""
     return [
         *(name, sign),
-        *(format_bpb(e.val_bpb, e.val_bpb_stderr), format_ms(e.decode_s_per_token) + mark, format_s(e.request_s) + mark),
+        *(format_loss(e), seed, format_ms(e.decode_s_per_token) + mark, format_s(e.request_s) + mark),
         *(format_rate(1 / e.s_per_byte if e.s_per_byte else None), format_count(e.params), e.weights, format_bytes(e.peak_bytes)),
+        twin_words(e),
         describe_config(e.config) if e.config is not None else "–",
     ]
 
@@ -302,7 +367,7 @@ class LiveView:
 
     def _progress(self, now: float, evaluations: Sequence[Evaluation]) -> RenderableType:
         done, elapsed = len(evaluations), now - self._began_s
-        complete = sum(e.state == "complete" for e in evaluations)
+        complete, stopped = (sum(e.state == state for e in evaluations) for state in ("complete", "stopped"))
         share = self._share(done, elapsed)
         left = self._left_s(done, elapsed)
         row = Table.grid(padding=(0, 2))
@@ -310,7 +375,7 @@ class LiveView:
         cells: list[RenderableType] = [Text(words, style="bold")]
         if share is not None:
             cells.append(ProgressBar(total=1.0, completed=share, width=16))
-        cells.append(Text(f"{complete} complete"))
+        cells.append(Text(f"{complete} complete" + (f", {stopped} stopped" if stopped else "")))
         cells.append(Text(f"{_clock(elapsed)} elapsed" + ("" if left is None else f", ~{_clock(left)} left")))
         row.add_row(*cells)
         return row

@@ -20,30 +20,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nas.checkpoint import Progress, load_checkpoint, save_checkpoint
 from nas.corpus import Corpus
 from nas.errors import InvalidRun, UserError
 from nas.passages import PASSAGE_BYTES, tokenised
+from nas.scoring import Row, log_likelihoods
 from nas.tokenizer import Tokenizer, Tokens
-from nas.training_step import IGNORED, Learner, Portion, cooldown_steps, has_diverged, trapezoid
+from nas.training_step import Learner, Portion, cooldown_steps, has_diverged, trapezoid
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 from targets.quiet import yield_to_measuring
-
-_MOST_LOGITS = 4 * 1024 * 1024
-"""Logits made at once while scoring: 16 MB of float32, about what a cache holds."""
 
 MATRIX_RATE = 5e-4
 OTHER_RATE = 2e-2
 """Peak rates of a short training, of weight matrices at a width of 128 and 4 layers and of embeddings and vectors. The first is lower
 than where the rate falls all the way (`nas.training_step.MATRIX_RATE`), as it stays at its peak for most of the text."""
-
-OVERLAP = 0.25
-"""Share of a scoring window that is only context. Width 64, vocabulary 1,024, 256 KB: 0, 0.25, 0.5 and 0.75 score 2.2022, 2.1983,
-2.1982 and 2.1983; width 128, vocabulary 2,048: 2.0106, 2.0079, 2.0079, 2.0079. The time grows as 1 / (1 - overlap)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,7 +252,7 @@ class ShortTraining:
         """A passage as inputs and targets, in parts of at most the context."""
         row = torch.from_numpy(ids.astype(np.int64)).to(self._device)[None]
         size = self._config.context
-        return list(zip(row[:, :-1].split(size, 1), row[:, 1:].split(size, 1), strict=True))
+        return list(zip(torch.split(row[:, :-1], size, 1), torch.split(row[:, 1:], size, 1), strict=True))
 
     def _scored(
         self, model: SLM, losses: Sequence[float], rows: Sequence[Tokens], order: Sequence[int], train_s: float, threads: int
@@ -358,54 +351,9 @@ def using_threads(threads: int | None) -> Iterator[int]:
 # --- scoring ----------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def _score(model: SLM, documents: Sequence[Tokens], sizes: Sequence[int], window: int, end_of_text: int) -> tuple[float, float | None]:
-    device = next(model.parameters()).device
-    pieces = [piece for i, ids in enumerate(documents) for piece in _windows(i, ids, window)]
-    # Longest first, so that a batch holds windows of like length and little padding.
-    pieces.sort(key=lambda piece: piece.begin - piece.end)
-    nats = np.zeros(len(documents), dtype=np.float64)
-    batch = max(1, _MOST_LOGITS // (window * model.config.vocab_size))
-    training = model.training
-    model.eval()
-    for at in range(0, len(pieces), batch):
-        rows = pieces[at : at + batch]
-        longest = rows[0].end - rows[0].begin
-        inputs = np.full((len(rows), longest), end_of_text, dtype=np.int64)
-        targets = np.full((len(rows), longest), IGNORED, dtype=np.int64)
-        for row, piece in enumerate(rows):
-            ids, context = documents[piece.document], piece.first - piece.begin
-            inputs[row, 1 : piece.end - piece.begin] = ids[piece.begin : piece.end - 1]
-            targets[row, context : piece.end - piece.begin] = ids[piece.first : piece.end]
-        counted = targets != IGNORED
-        x_BSD = model.body(torch.from_numpy(inputs).to(device))
-        logits_1NV = model.head(x_BSD[torch.from_numpy(counted).to(device)][None])
-        losses_N = F.cross_entropy(logits_1NV[0], torch.from_numpy(targets[counted]).to(device), reduction="none").double().cpu().numpy()
-        of_N = np.repeat([piece.document for piece in rows], longest).reshape(counted.shape)[counted]
-        np.add.at(nats, of_N, losses_N)
-        yield_to_measuring()
-    model.train(training)
-    return bits_per_byte(nats / math.log(2), np.asarray(sizes, dtype=np.float64))
-
-
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """Tokens begin to end of a document, after an end of text; those from `first` on are scored."""
-
-    document: int
-    begin: int
-    first: int
-    end: int
-
-
-def _windows(document: int, ids: Tokens, window: int) -> Iterator[_Window]:
-    overlap = min(window - 1, round(OVERLAP * window))
-    first = 0
-    while first < len(ids):
-        begin = max(0, first - overlap)
-        end = min(len(ids), begin + window)
-        yield _Window(document, begin, first, end)
-        first = end
+    nats, _ = log_likelihoods(model, [Row(ids) for ids in documents], window, end_of_text)
+    return bits_per_byte(-nats / math.log(2), np.asarray(sizes, dtype=np.float64))
 
 
 def bits_per_byte(bits: npt.NDArray[np.float64], sizes: npt.NDArray[np.float64]) -> tuple[float, float | None]:

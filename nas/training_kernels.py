@@ -70,7 +70,7 @@ class _CausalAttention(torch.autograd.Function):
         return o_BHSv
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, do_BHSv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_NSd, k_NSd, v_NSv, *parts = ctx.saved_tensors
         B, H, S, _ = do_BHSv.shape

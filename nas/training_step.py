@@ -142,7 +142,7 @@ class Learner:
         h_ND = head.norm(self._body(inputs_BS)).flatten(0, 1)
         parts = zip(torch.split(h_ND.detach(), _HEAD_TOKENS), torch.split(targets_BS.flatten(), _HEAD_TOKENS), strict=True)
         found = [head_gradients(head, h_nD, targets_n, count) for h_nD, targets_n in parts]
-        h_ND.backward(torch.cat([gradient_nD for _, gradient_nD in found]) if len(found) > 1 else found[0][1])  # type: ignore[no-untyped-call]
+        h_ND.backward(torch.cat([gradient_nD for _, gradient_nD in found]) if len(found) > 1 else found[0][1])
         return [loss for loss, _ in found]
 
     def _loss_of(self, x_BSD: Tensor, targets_BS: Tensor, count: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nas.describe import format_count, format_rate
+from nas.describe import format_count
 from nas.pretraining import Plan
+from nas.utilisation import speed_words
 
 _LINE_EVERY_S = 30.0
 """Seconds between two lines where there is no bar."""
@@ -75,9 +76,8 @@ class TrainingView:
         """So many steps are done; `loss` in bits per byte."""
         assert self._plan is not None
         rate = (done - self._first) * self._plan.batch_tokens / max(1e-9, time.monotonic() - self._began_s)
-        facts = f"{loss:.3f} bits/byte  {format_rate(rate)} tokens/s"
-        if self._most_flops_per_s:
-            facts += f"  {rate * self._flops_per_token / self._most_flops_per_s:.0%} MFU"
+        mfu = rate * self._flops_per_token / self._most_flops_per_s if self._most_flops_per_s else None
+        facts = f"{loss:.3f} bits/byte  {speed_words(rate, mfu)}"
         self._show("training", done / self._plan.steps, facts, f"step {done:,} of {self._plan.steps:,}")
 
     def scoring(self) -> None:

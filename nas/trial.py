@@ -59,14 +59,19 @@ class Trial:
             self._is_closed = True
 
     @contextmanager
-    def step(self, name: str, detail: str = "", **facts: Any) -> Iterator[None]:
-        """Shows and logs a step, whose result is on disk (`save`) before the log says that it is done."""
+    def step(self, name: str, detail: str = "", **facts: Any) -> Iterator[dict[str, Any]]:
+        """Shows and logs a step, whose result is on disk (`save`) before the log says that it is done.
+
+        Yields:
+            Where to put what else the log is to say of it then.
+        """
         yield_to_measuring()
         self.bench.view.stage(self.number, name, detail)
         self.log(name, "start", **facts)
         start = time.perf_counter()
-        yield
-        self.log(name, "done", **facts, seconds=round(time.perf_counter() - start, 6))
+        found: dict[str, Any] = {}
+        yield found
+        self.log(name, "done", **facts, **found, seconds=round(time.perf_counter() - start, 6))
 
     def log(self, step: str, event: str, **facts: Any) -> None:
         """A line in the run's log."""

@@ -11,6 +11,9 @@ about = "One line for people."
 params = [100_000, 2_500_000]              # optional: parameters a candidate may have
 starts = [{d_model = 64}, {d_model = 256}] # optional: what to try first; what it leaves out is the first choice, or low
 
+[twin]                                     # optional: models are scored by twins, see `search_spaces.twin`
+params = [20_000, 500_000]                 # their bodies', for a full model's body of the least and the most of `params`
+
 [parameters]
 vocab_size = [1024, 4096]                  # a list: one of these
 d_model = {low = 64, high = 256, step = 32}
@@ -87,6 +90,8 @@ class Space:
     axes: tuple[Axis, ...]
     starts: tuple[tuple[tuple[str, Value], ...], ...] = ()
     """What the first trials are given instead of a proposal, so that a front has both of its ends from the beginning."""
+    twin_params: tuple[int, int] | None = None
+    """Parameters of the bodies of twins, for bodies of the least and the most of `params_range`; None: models are trained themselves."""
 
     # --- asking ---------------------------------------------------------------------------
 
@@ -161,6 +166,8 @@ class Space:
         """A content hash of what is searched, whatever the name and the description."""
         plain = self.to_dict()
         searched = {key: plain.get(key) for key in ("params", "parameters", "starts")}
+        if "twin" in plain:
+            searched["twin"] = plain["twin"]
         text = json.dumps(searched, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -178,6 +185,8 @@ class Space:
             head["params"] = list(self.params_range)
         if self.starts:
             head["starts"] = [dict(start) for start in self.starts]
+        if self.twin_params is not None:
+            head["twin"] = {"params": list(self.twin_params)}
         return {**head, "parameters": {axis.name: axis.to_plain() for axis in self.axes}}
 
     @classmethod
@@ -185,7 +194,7 @@ class Space:
         """The inverse of `to_dict`, and what a TOML file holds.
 
         Args:
-            values: `parameters`, and optionally `name`, `about`, `params` and `starts`.
+            values: `parameters`, and optionally `name`, `about`, `params`, `starts` and `twin`.
             name: the name if `values` has none.
 
         Raises:
@@ -194,19 +203,21 @@ class Space:
         given_name = values.get("name", name)
         require(isinstance(given_name, str) and given_name != "", f"name={given_name!r} is not a name; give a short text")
         where = f"space {given_name!r}"
-        refuse_unknown(where, values, ("name", "about", "params", "starts", "parameters"))
+        refuse_unknown(where, values, ("name", "about", "params", "starts", "twin", "parameters"))
         about = values.get("about", "")
         require(isinstance(about, str), f"{where}: about={about!r} is not a text; give one line")
         table = values.get("parameters")
         require(isinstance(table, Mapping), f"{where}: [parameters] is missing; give at least vocab_size, d_model, num_layers and head_dim")
         assert isinstance(table, Mapping)
         axes = read_axes(where, table)
+        params_range = _params_range(where, "params", values.get("params"))
         return cls(
             name=given_name,
             about=about,
-            params_range=_params_range(where, values.get("params")),
+            params_range=params_range,
             axes=axes,
             starts=_starts(where, values.get("starts", []), axes),
+            twin_params=_twin_params(where, values.get("twin"), params_range),
         )
 
     def to_toml(self) -> str:
@@ -216,6 +227,8 @@ class Space:
             lines.append(f"params = {_toml(list(self.params_range))}")
         if self.starts:
             lines.append(f"starts = [{', '.join(_toml(dict(start)) for start in self.starts)}]")
+        if self.twin_params is not None:
+            lines += ["", "[twin]", f"params = {_toml(list(self.twin_params))}  # of the bodies of what is trained in place of a model"]
         lines += ["", "[parameters]"]
         lines += [f"{axis.name} = {_toml(axis.to_plain())}  # {BY_NAME[axis.name].meaning}" for axis in self.axes]
         return "\n".join(lines) + "\n"
@@ -290,15 +303,33 @@ def _starts(where: str, given: object, axes: tuple[Axis, ...]) -> tuple[tuple[tu
     return tuple(starts)
 
 
-def _params_range(where: str, given: object) -> tuple[int, int] | None:
+def _params_range(where: str, name: str, given: object) -> tuple[int, int] | None:
     if given is None:
         return None
     ok = isinstance(given, list | tuple) and len(given) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in given)
-    require(ok, f"{where}: params={given!r} is not a range; give [least, most] as integers")
+    require(ok, f"{where}: {name}={given!r} is not a range; give [least, most] as integers")
     assert isinstance(given, list | tuple)
     least, most = given
-    require(1 <= least <= most, f"{where}: params={[least, most]} is not least then most, both above 0; correct it")
+    require(1 <= least <= most, f"{where}: {name}={[least, most]} is not least then most, both above 0; correct it")
     return least, most
+
+
+def _twin_params(where: str, given: object, full: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The range of a [twin] table: as wide as such a table can make sense of, so that a larger model has a larger twin."""
+    if given is None:
+        return None
+    require(isinstance(given, Mapping) and "params" in given, f"{where}: [twin] lacks params; give [least, most] of a twin's body")
+    assert isinstance(given, Mapping)
+    refuse_unknown(f"{where}: [twin]", given, ("params",))
+    found = _params_range(where, "[twin] params", given["params"])
+    require(found is not None and full is not None, f"{where}: [twin] needs the space's own params; give them as [least, most]")
+    assert found is not None
+    assert full is not None
+    smaller = found[0] < full[0] and found[1] < full[1]
+    require(smaller, f"{where}: [twin] params={list(found)} are not below params={list(full)}; lower them, or remove [twin]")
+    grows = found[0] < found[1] or full[0] == full[1]
+    require(grows, f"{where}: [twin] params={list(found)} give models of every size the same twin; give least below most")
+    return found
 
 
 def _toml(value: object) -> str:
@@ -318,7 +349,7 @@ def _build(v: Mapping[str, Any], vocab_sizes: Mapping[int, int] | None) -> SLMCo
     """The architecture of one value for each of `PARAMETERS`, repaired as `REPAIRS` says."""
     width, layers, head_dim = v["d_model"], v["num_layers"], v["head_dim"]
     mla = v["attention"] == "mla"
-    sharing, unique = _shared_layers(v["sharing"], layers, v["unique_fraction"])
+    sharing, unique = shared_layers(v["sharing"], layers, v["unique_fraction"])
     sizes = _layer_sizes(v, sharing, unique)
     rotary_dim = None
     if mla or v["positions"] == "rotary":
@@ -368,8 +399,8 @@ def _rank(value: float) -> int:
     return max(8, int(value + 4) // 8 * 8)
 
 
-def _shared_layers(sharing: Sharing, layers: int, fraction: float) -> tuple[Sharing, int]:
-    """The sharing and its unique layers, such that every unique layer is used and some layers share."""
+def shared_layers(sharing: Sharing, layers: int, fraction: float) -> tuple[Sharing, int]:
+    """The sharing and its unique layers, such that every unique layer is used and some layers share; "none" if that cannot be."""
     unique = max(1, round(fraction * layers))
     if sharing == "cycle_rev":
         unique = min(unique, layers // 2)

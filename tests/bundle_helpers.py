@@ -27,7 +27,7 @@ def make_chosen(folder: Path, spec: DeviceSpec, precision: Precision = "fp32", t
         "target": "local",
         "device": spec.to_dict(),
         "corpus": {"name": "text", "licence": "none", "sha256": "0" * 64},
-        "settings": {"prompt_bytes": 64, "generate_bytes": 64, "sampler": "tpe", "speed": "request", "train_bytes": 1000},
+        "settings": {"prompt_bytes": 64, "generate_bytes": 64, "sampler": "tpe", "speed": "request", "budget_bytes": 1000},
         "created": "2026-01-01",
         "space": {"name": "small"},
         "seed": 0,

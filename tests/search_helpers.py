@@ -51,7 +51,7 @@ class Listener:
 def settings(**changes: Any) -> Settings:
     """Settings of a search whose trials take a fraction of a second."""
     limits = {k: changes.pop(k) for k in ("max_params", "max_memory_bytes", "max_latency_s") if k in changes}
-    return Settings(**{"train_bytes": 3000, "limits": Limits(**limits), **changes})
+    return Settings(**{"budget_bytes": 3000, "limits": Limits(**limits), **changes})
 
 
 def run_search(
@@ -66,6 +66,7 @@ def run_search(
     targets: Sequence[Target] = (),
     given: Settings | None = None,
     references: Sequence[NamedModel] = (),
+    repeats: int | None = 0,
 ) -> tuple[Run, Outcome]:
     """One session of a search in a run folder; on the null target, unless `target` or several `targets` are given."""
     space = space or load_space(SPACE_FILE)
@@ -84,6 +85,7 @@ def run_search(
         view=view or Listener(),
         trials=trials,
         timeout_s=timeout_s,
+        repeats=repeats,
         references=references,
     )
     return run, outcome
@@ -96,11 +98,11 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def repeated_steps(run: Run) -> list[tuple[int, str]]:
-    """Measurements (on a device) and trainings that began again although they were done."""
+    """Measurements (on a device) and trainings (to a rung) that began again although they were done."""
     done: set[tuple[int, str]] = set()
     again = []
     for entry in run.log_entries():
-        key = (entry["trial"], f"{entry['step']} {entry.get('device', '')}".strip())
+        key = (entry["trial"], f"{entry['step']} {entry.get('device', entry.get('train_bytes', ''))}".strip())
         if entry["step"] not in ("measure", "train"):
             continue
         if key in done:

@@ -91,7 +91,7 @@ def test_a_model_is_measured_with_it(python: Path, environment: dict[str, str], 
 @pytest.mark.slow
 def test_a_search_runs_on_it(python: Path, environment: dict[str, str], tmp_path: Path) -> None:
     speeches = write_speeches(tmp_path / "speeches.jsonl")
-    small = ("search", "--space", str(SPACE_FILE), "--corpus", str(speeches), "--train-bytes", "3kB", "--trials", "2", "--json")
+    small = ("search", "--space", str(SPACE_FILE), "--corpus", str(speeches), "--budget", "3kB", "--trials", "2", "--json")
     front = json.loads(edgewise(python, environment, tmp_path, *small, "--target", "onnxruntime"))["front"]
     assert front
     assert all(member["decode_s_per_token"] > 0 for member in front)

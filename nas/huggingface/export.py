@@ -91,7 +91,7 @@ def write_model(model: "SLM", tokenizer: "Tokenizer", tokenizer_json: bytes, fac
     """The files of a model but for its card.
 
     Args:
-        model: on the CPU.
+        model: on the CPU; of one on the meta device, which has no weights yet, everything else is written.
         tokenizer, tokenizer_json: of the model, and its file.
         facts: JSON values for the header of the weights.
         folder: where to; there already.
@@ -103,20 +103,22 @@ def write_model(model: "SLM", tokenizer: "Tokenizer", tokenizer_json: bytes, fac
     from nas.huggingface.weights import laid_out
 
     native, end = native_form(model.config), tokenizer.end_of_text
+    has_weights = not any(p.is_meta for p in model.parameters())
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
     if native is not None:
         imported, values = native
-        tensors = dict(laid_out(model, imported))
+        tensors = dict(laid_out(model, imported)) if has_weights else {}
         form = f"It is of the family `{imported.family}` of transformers, which loads it without other code."
     else:
         values = {"model_type": MODEL_TYPE, "architectures": ["EdgewiseForCausalLM"], "auto_map": _AUTO_MAP}
         values |= {ARCHITECTURE: model.config.to_dict()}
-        tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+        tensors = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()} if has_weights else {}
         form = "It is of no family of transformers: the Python files in this folder are the model, and trust_remote_code runs them."
     write_whole(folder / CONFIG, json.dumps({**values, "dtype": "float32", **ids}, indent=1) + "\n")
-    # What tokenizer.json has no room for goes into the weights' header.
-    header = {"config": model.config.key, **facts, "tokenizer": tokenizer.meta}
-    write_whole(folder / WEIGHTS, _safetensors(tensors, header))
+    if has_weights:
+        # What tokenizer.json has no room for goes into the weights' header.
+        header = {"config": model.config.key, **facts, "tokenizer": tokenizer.meta}
+        write_whole(folder / WEIGHTS, _safetensors(tensors, header))
     write_whole(folder / TOKENIZER, tokenizer_json)
     named = native is not None and native[0].family in _OWN_TOKENIZERS
     write_whole(folder / "tokenizer_config.json", json.dumps(_tokenizer_config(model.config, tokenizer, named), indent=1) + "\n")

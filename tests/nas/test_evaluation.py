@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.errors import InvalidRun
-from nas.evaluation import Evaluation, write_whole
+from nas.evaluation import Evaluation, loss_in, write_whole
 from search_spaces.config import SLMConfig
 
 CONFIG = SLMConfig(vocab_size=300, d_model=24, num_layers=2, attention="gqa", num_heads=(4, 2), num_kv_heads=(2, 1), head_dim=6)
@@ -99,7 +99,7 @@ def test_decode_compares_vocabularies_per_byte_of_text() -> None:
 def test_objectives_need_both_figures(changes: dict[str, object]) -> None:
     evaluation = FULL.evolve(**changes)
     assert not evaluation.is_ranked("decode")
-    with pytest.raises(ValueError, match=r"trial 3 .* has no (val_bpb|the decode time)"):
+    with pytest.raises(ValueError, match=r"trial 3 .* has no (score|decode time);"):
         evaluation.objectives("decode")
 
 
@@ -196,3 +196,29 @@ def test_a_precision_is_told_where_it_is_not_float32_or_was_chosen() -> None:
     plain = FULL.evolve(weights="fp32")
     assert not plain.names_weights
     assert plain.evolve(params_drawn={"weights": "fp32"}).names_weights
+
+
+def test_a_loss_is_that_on_the_file_that_was_searched_by() -> None:
+    task = {"name": "pairs.jsonl", "kind": "pairs", "loss": 0.6, "loss_stderr": 0.05, "accuracy": 0.7}
+    scored = FULL.evolve(score={"val_bpb": 2.5, "task": task})
+    assert (FULL.loss, FULL.loss_stderr, FULL.task) == (2.5, 0.01, None)
+    assert (scored.loss, scored.loss_stderr, scored.task) == (0.6, 0.05, task)
+    assert scored.objectives("request") == (0.6, 0.2)
+    assert scored.val_bpb == 2.5
+
+
+def test_a_stopped_trial_has_a_last_rung_and_no_loss() -> None:
+    rungs = [{"train_bytes": 64_000, "val_bpb": 3.1}, {"train_bytes": 256_000, "val_bpb": 2.9}]
+    stopped = FULL.evolve(state="stopped", score={"rungs": rungs}, val_bpb=None, val_bpb_stderr=None)
+    assert stopped.last_rung == rungs[-1]
+    assert loss_in(stopped.last_rung) == 2.9
+    assert (stopped.loss, stopped.is_ranked("request")) == (None, False)
+    assert FULL.evolve(score={"val_bpb": 2.5, "rungs": rungs}).last_rung is None
+    assert stopped.evolve(score={"rungs": "lost"}).last_rung is None
+
+
+def test_the_twin_that_was_scored_is_a_config() -> None:
+    assert FULL.twin is None
+    assert FULL.evolve(score={"val_bpb": 2.5, "twin": CONFIG.to_dict()}).twin == CONFIG
+    with pytest.raises(InvalidRun, match="twin of trial 3 does not describe a model"):
+        _ = FULL.evolve(score={"val_bpb": 2.5, "twin": {"d_model": 3}}).twin

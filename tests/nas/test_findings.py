@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 import random
@@ -8,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nas.doubts import is_noisy
 from nas.evaluation import Evaluation, Speed
-from nas.findings import chance_of_at_least, distinct, findings, is_noisy, kendall_tau
+from nas.findings import chance_of_at_least, distinct, findings, kendall_tau
 from nas.front import front_of
+from nas.noise import Noise
 from search_spaces.config import SLMConfig, attention_kind
 from targets.measurement import Measurement
 
@@ -45,7 +48,7 @@ def text(evaluations: Sequence[Evaluation], speed: Speed = "request") -> str:
 
 
 def test_nothing_yet() -> None:
-    assert text([]) == "No trial has been made yet.\nThere is no front: no trial has both bits per byte and a time."
+    assert text([]) == "No trial has been made yet.\nThere is no front: no trial has both a score and a time."
 
 
 def test_no_complete_trial() -> None:
@@ -277,3 +280,46 @@ def test_findings_over_devices_say_which_model_wins_where() -> None:
     assert "The front has the same 9 models on every device." in sentences
     assert "The times on here and there order 9 candidates with Kendall tau +1.00 (1: alike)." in sentences
     assert findings([], "request", ["here", "there"])[-1].startswith("There is no front")
+
+
+def test_the_noise_between_trainings_is_told_beside_the_error_over_documents() -> None:
+    noise = Noise(sigma=0.01, low=0.006, high=0.0287, trainings=6, trials=(0, 2), diverged=1)
+    front = [trial(0, 2.7, 0.01), trial(1, 2.6, 0.02), trial(2, 2.58, 0.04)]
+    found = "\n".join(findings(front, "request", noise=noise))
+    assert (
+        "the standard deviation of bits per byte between trainings is 0.010 (from 6 trainings of trials 0 and 2, 1 more diverged; so few "
+        "say only that it is between 0.0060 and 0.029, with 95 % confidence)."
+    ) in found
+    assert "Of the 2 pairs of neighbours on the front, 1 is closer than 0.028 (two standard errors of a difference between seeds)" in found
+    assert "Of the 2 pairs of neighbours on the front, 1 is closer in bits per byte than two standard errors of the difference" in found
+    apart = dataclasses.replace(noise, sigma=0.001)
+    assert "Neighbours on the front differ by 0.0028 (" in "\n".join(findings(front, "request", noise=apart))
+    assert "seed" not in text(front)
+
+
+def test_stopped_trials_and_twins_are_counted() -> None:
+    stopped = [
+        trial(i, 2.0, 0.001, state="stopped", val_bpb=None, val_bpb_stderr=None, score={"rungs": [{"train_bytes": size, "val_bpb": 2.0}]})
+        for i, size in enumerate((64_000, 64_000, 256_000), start=10)
+    ]
+    twin = trial(0, 2.5, 0.01)
+    assert twin.config is not None
+    twin = twin.evolve(score={"val_bpb": 2.5, "twin": twin.config.to_dict()})
+    found = text([twin, trial(1, 2.4, 0.02), *stopped])
+    assert "2 of 5 trials completed; 2 were stopped at 64.0 kB of text, 1 was stopped at 256 kB of text." in found
+    assert "1 of 2 scores is that of a twin, a smaller model of the same kind" in found
+    assert "Every score is that of a twin" in text([twin, *stopped])
+    assert "twin" not in text([trial(1, 2.4, 0.02)])
+
+
+def test_a_loss_on_tasks_is_called_so() -> None:
+    def on_tasks(number: int, loss: float, seconds: float) -> Evaluation:
+        task = {"name": "pairs.jsonl", "kind": "pairs", "loss": loss, "loss_stderr": 0.01, "accuracy": 1 - loss / 2}
+        return trial(number, 2.0, seconds, params=1000 * (number + 1), score={"val_bpb": 2.0, "task": task})
+
+    found = text([on_tasks(i, 0.9 - i / 20, 0.01 * 2**i) for i in range(9)])
+    assert "has the smallest loss on pairs.jsonl measured here" in found
+    assert re.search(r"trades \d+ % less loss on pairs.jsonl for 256 times the time", found)
+    assert "of the smallest loss on pairs.jsonl (0.500 ± 0.010 (75 %)), over the tasks scored." in found
+    assert "bits per byte" not in found
+    assert "trades" not in text([on_tasks(0, 0.0, 0.01), on_tasks(1, -1.0, 0.02)])

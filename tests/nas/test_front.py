@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 
 from nas.across import across
 from nas.evaluation import Evaluation
-from nas.front import choose, front_of, hypervolume, on_each, pareto_front
+from nas.front import choose, front_json, front_of, hypervolume, on_each, pareto_front
+from nas.noise import Noise
+from search_spaces.config import SLMConfig
+from search_spaces.counting import params
 
 coordinate = st.integers(0, 6).map(float) | st.floats(-10, 10) | st.sampled_from([math.nan, math.inf, -math.inf])
 point_lists = st.integers(1, 3).flatmap(lambda n: st.lists(st.tuples(*[coordinate] * n), max_size=25))
@@ -141,3 +144,22 @@ def test_across_says_on_which_device_a_model_wins() -> None:
     assert found.chosen is evaluations[1]
     assert found.times[1] == ("2.00 s ★", "11.0 s •")
     assert found.times[3] == ("9.00 s", "1.20 s ★")
+
+
+# --- what the JSON says -----------------------------------------------------------------------
+
+
+def test_the_front_as_json_names_the_loss_its_noise_and_twins() -> None:
+    config = SLMConfig(vocab_size=300, d_model=16, num_layers=1, num_heads=2)
+    front = [trial(0, 3.0, 1.0), trial(1, 2.02, 2.0, score={"val_bpb": 2.02, "twin": config.to_dict()}), trial(2, 2.0, 3.0)]
+    stopped = trial(3, 2.0, 0.5, state="stopped", val_bpb=None, score={"rungs": [{"train_bytes": 64_000, "val_bpb": 1.0}]})
+    noise = Noise(sigma=0.01, low=0.005, high=0.03, trainings=6, trials=(0, 2))
+    values = front_json([*front, stopped], "request", noise=noise)
+    assert (values["objective"], values["noise"]["sigma"], values["noise"]["sigma_interval"]) == ("bits per byte", 0.01, [0.005, 0.03])
+    assert [m["trial"] for m in values["front"]] == [0, 1, 2]
+    assert [m["order_within_noise"] for m in values["front"]] == [False, True, True]
+    assert [m["loss"] for m in values["front"]] == [m["val_bpb"] for m in values["front"]] == [3.0, 2.02, 2.0]
+    assert [m["twin"] for m in values["front"]] == [None, {"params": params(config), "config": config.to_dict()}, None]
+    plain = front_json(front, "request")
+    assert plain["noise"] is None
+    assert "order_within_noise" not in plain["front"][0]

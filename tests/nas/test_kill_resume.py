@@ -37,8 +37,10 @@ def command(folder: Path, more: Sequence[str] = ()) -> list[str]:
         *(
             "--corpus",
             str(folder / "speeches.jsonl"),
-            "--train-bytes",
+            "--budget",
             "15kB",
+            "--rungs",
+            "3kB,7kB",
             "--weights",
             "fp32,int4",
             "--run",
@@ -106,5 +108,8 @@ def test_killed_a_dozen_times_it_ends_as_if_never_killed(
     expected, found = contents(whole / "run"), contents(broken / "run")
     assert sum(name.startswith("trials/") for name in found) == TRIALS
     assert found == expected
+    states = [json.loads(content)["state"] for name, content in found.items() if name.startswith("trials/")]
+    assert {"complete", "stopped"} <= set(states)
+    assert not (broken / "run" / "training").exists()
     assert repeated_steps(open_run(broken / "run")) == []
     print(f"{kills} kills, {time.monotonic() - start:.0f} s")

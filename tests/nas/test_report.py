@@ -1,6 +1,7 @@
 import html
 import itertools
 import json
+import math
 import random
 import re
 from html.parser import HTMLParser
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 
 from nas.charts import AXES, design_figure, front_figures, hover, importance_figure
+from nas.describe import significant
 from nas.evaluation import Evaluation, write_whole
 from nas.front import choose, front_of
+from nas.noise import Noise
 from nas.report import Reference, starts_among, write_report
 from nas.run import Run
 from nas.search import rewrite_report
@@ -24,7 +27,7 @@ MANIFEST = {
     "device": {"name": f"board {EVIL}", "cores": 2},
     "created": "2025-01-02 03:04",
     "corpus": {"name": "speeches", "sha256": "ab"},
-    "settings": {"train_bytes": 524_288, "speed": "decode"},
+    "settings": {"budget_bytes": 524_288, "speed": "decode"},
     EVIL: EVIL,
 }
 
@@ -402,3 +405,82 @@ def test_references_are_marks_on_the_picture_or_lines_where_they_have_no_score(t
     assert "References, measured beside" in shown.text
     assert "no weights" in shown.text
     assert f"{len(front_of(evaluations, 'decode'))} models" in shown.text
+
+
+# --- noise, stopped trials, twins, other losses -------------------------------------------------
+
+
+def test_error_bars_are_the_noise_of_a_training_and_marks_within_it_are_hollow(tmp_path: Path) -> None:
+    evaluations = run(40)
+    front = front_of(evaluations, "decode")
+    losses = sorted(e.val_bpb for e in front if e.val_bpb is not None)
+    gaps = [b - a for a, b in itertools.pairwise(losses)]
+    sigma = (min(gaps) + max(gaps)) / 2 / math.sqrt(8)
+    noise = Noise(sigma=sigma, low=sigma / 2, high=3 * sigma, trainings=6, trials=(0, 2))
+    close, best = noise.unresolved(front), choose(front, "decode")
+    assert best is not None
+    assert 0 < len(close) < len(front)
+    for figure in front_figures(evaluations, "decode", noise=noise).values():
+        marks = {t["name"]: t for t in figure["data"] if t["mode"] == "markers"}
+        assert {bar for t in marks.values() for bar in t["error_y"]["array"]} == {sigma}
+        assert len(marks["on the front, order within noise"]["x"]) == len(close - {best.trial})
+        assert marks["on the front, order within noise"]["marker"]["symbol"] == "circle-open"
+        chosen = "default choice, order within noise" if best.trial in close else "default choice"
+        assert ("open" in marks[chosen]["marker"]["symbol"]) == (best.trial in close)
+    shown = page(tmp_path, evaluations, noise=noise)
+    assert (
+        f"Error bars are the standard deviation between trainings with other seeds, {significant(sigma, 2)}; the ± of the table"
+        in shown.text
+    )
+    assert shown.text.count("within noise") >= len(close)
+    assert "are one standard error over held-out text" in page(tmp_path, evaluations).text
+
+
+def test_stopped_trials_are_grey_crosses_at_their_rung_and_part_of_nothing(tmp_path: Path) -> None:
+    evaluations = run(40)
+    before = front_figures(evaluations, "decode")["chars"]
+    rungs = [{"train_bytes": 64_000, "val_bpb": 0.5, "val_bpb_stderr": 0.01}, {"train_bytes": 256_000, "val_bpb": 0.25}]
+    for number, count in ((0, 1), (1, 2), (2, 2)):
+        done = evaluations[number]
+        early = {"val_bpb": None, "val_bpb_stderr": None, "score": {"rungs": rungs[:count]}, "reason": "behind trial 5"}
+        evaluations.append(done.evolve(trial=40 + number, state="stopped", **early))
+    figure = front_figures(evaluations, "decode")["chars"]
+    marks = {t["name"]: t for t in figure["data"]}
+    assert marks["stopped at 64.0 kB"]["y"] == [0.5]
+    assert marks["stopped at 256 kB"]["y"] == [0.25, 0.25]
+    assert marks["stopped at 256 kB"]["marker"]["color"] == "--faint"
+    assert "stopped at 256 kB of text, with 0.250 there" in marks["stopped at 256 kB"]["hovertext"][0]
+    kept = [t for t in figure["data"] if "stopped" not in t["name"]]
+    assert [t["y"] for t in kept] == [t["y"] for t in before["data"]]
+    shown = page(tmp_path, evaluations)
+    for words in (
+        "34 of 43 complete, 3 stopped early",
+        "Crosses are trials that were stopped early",
+        "stopped at 64.0 kB",
+        "behind trial 5",
+    ):
+        assert words in shown.text
+    assert not front_figures([e for e in evaluations if e.state == "stopped"], "decode")
+
+
+def test_another_loss_and_a_twin_are_labelled(tmp_path: Path) -> None:
+    name = f"pairs {EVIL}.jsonl"
+    evaluations = []
+    for e in run(20):
+        if e.val_bpb is not None and e.config is not None:
+            task = {"name": name, "kind": "pairs", "loss": e.val_bpb / 5, "loss_stderr": 0.02, "accuracy": 0.714}
+            e = e.evolve(score={"val_bpb": e.val_bpb, "task": task, "twin": e.config.to_dict()})
+        evaluations.append(e)
+    figure = front_figures(evaluations, "decode")["chars"]
+    assert figure["layout"]["yaxis"]["title"]["text"].startswith("loss on pairs ‹img")
+    best = choose(front_of(evaluations, "decode"), "decode")
+    assert best is not None
+    assert best.loss is not None
+    assert any(best.loss in t["y"] for t in figure["data"])
+    shown = page(tmp_path, evaluations)
+    for words in (f"loss on {name}", "(71 %)", "score of", "twin of", "Every score is that of a twin", "over the tasks that are scored"):
+        assert words in shown.text
+    assert "onerror" not in {attribute for _, attrs in shown.tags for attribute in attrs}
+    drawn = json.dumps(shown.figures, ensure_ascii=False)
+    assert "<img" not in drawn
+    assert "<th>score of</th>" not in write_report("r", run(20), MANIFEST, tmp_path / "plain.html").read_text()

@@ -450,11 +450,11 @@ class Reckless(Settings):
     """Settings with a learning rate that no model survives."""
 
     def budget(self) -> Budget:
-        return Budget(train_bytes=self.train_bytes, learning_rate=1e6)
+        return Budget(train_bytes=self.budget_bytes, learning_rate=1e6)
 
 
 def test_divergence_is_an_outcome(tmp_path: Path, corpus: Corpus) -> None:
-    run, outcome = run_search(tmp_path / "run", corpus, trials=1, given=Reckless(train_bytes=20_000))
+    run, outcome = run_search(tmp_path / "run", corpus, trials=1, given=Reckless(budget_bytes=20_000))
     (only,) = outcome.evaluations
     assert only.state == "diverged"
     assert only.val_bpb is None
@@ -570,7 +570,7 @@ def test_no_room_for_the_study_is_not_the_urls_fault(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("sampler", ["nsga2", "nsga3", "random"])
 def test_a_search_runs_with_other_samplers_and_resumes_exactly(tmp_path: Path, corpus: Corpus, sampler: str) -> None:
-    given = settings(sampler=sampler, train_bytes=2000)
+    given = settings(sampler=sampler, budget_bytes=2000)
     run_search(tmp_path / "a", corpus, trials=4, given=given)
     for trials in (2, 4):
         run_search(tmp_path / "b", corpus, trials=trials, given=given)

@@ -249,7 +249,7 @@ def ahead_of(tmp_path_factory: pytest.TempPathFactory, corpus: Corpus) -> dict[s
 
 def _ahead(**changes: Any) -> Any:
     # More trials than the sampler draws by lot, so that it learns, and trials of no cost.
-    return settings(ahead=4, train_bytes=1500, **changes)
+    return settings(ahead=4, budget_bytes=1500, **changes)
 
 
 def _mixed(seed: int) -> Sequence[Target]:

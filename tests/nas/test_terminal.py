@@ -6,9 +6,12 @@ import shlex
 import pytest
 from rich.console import Console
 
+from nas.describe import format_count
 from nas.evaluation import Evaluation
+from nas.noise import Noise
 from nas.terminal import LiveView, front_table, joint_table, parseable_line
 from search_spaces.config import SLMConfig
+from search_spaces.counting import params
 
 CONFIG = SLMConfig(vocab_size=512, d_model=64, num_layers=2, attention="gqa", num_heads=4, num_kv_heads=2, head_dim=16)
 
@@ -259,3 +262,51 @@ def test_the_live_view_shows_all_devices_and_a_reference_before_the_first_trial(
         for e in over_devices():
             view.finished(e)
     assert re.search(r"local +pi \[5\]", drawn(console))
+
+
+# --- noise, twins, stopped trials, other losses -------------------------------------------------
+
+NOISE = Noise(sigma=0.0123, low=0.007, high=0.04, trainings=6, trials=(0, 2))
+
+
+def test_the_noise_of_a_training_is_a_column_with_a_mark_where_it_may_turn_the_order_round() -> None:
+    front = [trial(0, 3.0, 0.001), trial(1, 2.52, 0.002), trial(2, 2.5, 0.1)]
+    text = shown(front_table(front, "decode", noise=NOISE), 180)
+    assert "± seed" in text.splitlines()[0]
+    assert [bool(re.search(r"± 0\.012 +0\.012 ≈", line)) for line in text.splitlines()[1:4]] == [False, True, True]
+    assert re.search(r"3\.000 ± 0\.012 +0\.012 ", text)
+    assert "± seed: standard deviation between seeds, from 6 trainings; the ± before it is over documents" in text
+    assert "≈ closer than 0.035 to a neighbour" in text
+    assert "seed" not in shown(front_table(front, "decode"))
+    assert "≈" not in shown(front_table(front[:2], "decode", noise=NOISE))
+    joint = shown(joint_table(over_devices(), "request", ["local", "pi [5]"], noise=NOISE, references={"gpt2": trial(-1)}))
+    assert re.search(r"^ *trial +bits/byte +± seed +local +pi \[5\] +params +architecture", joint)
+    assert re.search(r"^ *gpt2 +ref +2\.500 ± 0\.012 +34\.0 ms", joint, re.MULTILINE)
+
+
+def test_a_twins_score_is_labelled_and_a_stopped_trial_counted_apart() -> None:
+    twin = trial(0, 2.5, score={"val_bpb": 2.5, "twin": CONFIG.to_dict()})
+    size = params(CONFIG)
+    text = shown(front_table([twin, trial(1, 2.0, 0.1)]), 180)
+    assert "score of" in text.splitlines()[0]
+    assert f"twin of {format_count(size)}" in text
+    assert "score of" not in shown(front_table([trial(0)]))
+    assert f" twin_params={size}" in parseable_line(twin)
+
+    rungs = [{"train_bytes": 64_000, "val_bpb": 3.25, "val_bpb_stderr": 0.01}]
+    stopped = trial(3, state="stopped", val_bpb=None, val_bpb_stderr=None, score={"rungs": rungs}, reason="behind trial 1")
+    assert parseable_line(stopped).endswith(" stopped_at_bytes=64000 loss_there=3.25")
+    console = terminal()
+    with LiveView(console=console) as view:
+        view.start(4, None, [trial(0), stopped])
+        view._refresh()
+        assert "1 complete, 1 stopped" in drawn(console)
+
+
+def test_the_column_of_another_loss_has_its_name() -> None:
+    task = {"name": "[b]pairs.jsonl", "kind": "pairs", "loss": 0.612, "loss_stderr": 0.02, "accuracy": 0.714}
+    scored = trial(0, score={"val_bpb": 2.5, "task": task})
+    text = shown(front_table([scored]), 160)
+    assert "loss on [b]pairs.jsonl" in text.splitlines()[0]
+    assert "0.612 ± 0.020 (71 %)" in text
+    assert " val_bpb=2.5 val_bpb_stderr=0.012 loss=0.612 loss_stderr=0.02 task_accuracy=0.714" in parseable_line(scored)

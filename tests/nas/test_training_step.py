@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from nas import training_step
-from nas.training_step import IGNORED, Learner, peak_rates, schedule
+from nas.training_kernels import IGNORED
+from nas.training_step import Learner, peak_rates, schedule
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 

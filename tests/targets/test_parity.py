@@ -141,8 +141,20 @@ def problem(found: Measurement) -> str | None:
     return None
 
 
-TELLING = ("mha", "gqa", "mla-query-rank", "d-model-odd", "untied", "learned", "biases-mla", "shortcuts", "wide")
-"""Choices that are always tried in fewer bits; the others only where `-m ""` asks for every test."""
+TELLING: dict[str, tuple[Precision, ...]] = {
+    "mha": ("fp16", "int8", "int4"),
+    "wide": ("fp16", "int8", "int4"),
+    "d-model-odd": ("int8", "int4"),
+    "gqa": ("int4",),
+    "mla-query-rank": ("int8",),
+    "biases-mla": ("int4",),
+    "learned": ("int8",),
+    "untied": ("fp16",),
+    "shortcuts": ("int4",),
+}
+"""What is always tried in fewer bits; the rest, and `PAIRS` in float32, only where `-m ""` asks for every test."""
+PAIRS = ("gated-relu", "gated-gelu", "standard-gelu_tanh", "standard-silu", "series-scalar-standard", "series-channel-gated")
+"""Pairs of two values that are both always tried, each with another partner."""
 
 
 def every(values: Iterable[Any], always: Callable[[Any, Precision], bool]) -> list[Any]:
@@ -154,7 +166,11 @@ def every(values: Iterable[Any], always: Callable[[Any, Precision], bool]) -> li
     ]
 
 
-@pytest.mark.parametrize(("choice", "precision"), every(CHOICES, lambda choice, precision: precision == "fp32" or choice in TELLING))
+def choice_is_always_tried(choice: str, precision: Precision) -> bool:
+    return choice not in PAIRS if precision == "fp32" else precision in TELLING.get(choice, ())
+
+
+@pytest.mark.parametrize(("choice", "precision"), every(CHOICES, choice_is_always_tried))
 def test_a_choice_alone_agrees_with_pytorch(
     choice: str, precision: Precision, local_target: LocalTarget, tmp_path: Path, quick: Timing
 ) -> None:
@@ -163,14 +179,40 @@ def test_a_choice_alone_agrees_with_pytorch(
     assert problem(measure(local_target, tmp_path / "program", config, tokens, quick, precision=precision)) is None
 
 
-@pytest.mark.parametrize(
-    ("group", "precision"), every(range(20), lambda group, precision: group < 5 and PRECISIONS[group % 4] == precision)
-)
+COMBINED = 4
+"""Combinations a group."""
+GROUPS: dict[int, Precision] = {4: "fp32", 5: "fp16", 6: "int8", 7: "int4"}
+"""The groups that are always tried, and in what precision."""
+COUNTED = ("d_model", "vocab_size", "num_layers", "series_activation", "augmented_shortcuts")
+"""Numbers of which each is a choice; of the others it is a choice only whether each layer has its own."""
+
+
+def seeds(group: int) -> range:
+    return range(COMBINED * group, COMBINED * group + COMBINED)
+
+
+def test_the_combinations_that_are_always_tried_have_every_choice() -> None:
+    def choices(groups: Iterable[int]) -> set[tuple[str, Any]]:
+        found = set()
+        for seed in (seed for group in groups for seed in seeds(group)):
+            config = combination(random.Random(seed))
+            for name in (field.name for field in dataclasses.fields(config)):
+                value = getattr(config, name)
+                if isinstance(value, tuple) or name == "q_rank":
+                    found.add((name, bool(value)))
+                elif isinstance(value, str | bool | None) or name in COUNTED:
+                    found.add((name, value))
+        return found
+
+    assert choices(GROUPS) == choices(range(50))
+
+
+@pytest.mark.parametrize(("group", "precision"), every(range(50), lambda group, precision: GROUPS.get(group) == precision))
 def test_random_combinations_agree_with_pytorch(
     group: int, precision: Precision, local_target: LocalTarget, tmp_path: Path, quick: Timing
 ) -> None:
     failures = []
-    for seed in range(10 * group, 10 * group + 10):
+    for seed in seeds(group):
         rng = random.Random(seed)
         config = combination(rng)
         tokens = request(config, rng)

@@ -29,12 +29,20 @@ CPUS = [
     Cpu(vector_bytes=64, registers=32, cores=2),
 ]
 ROWS = (1, 2, 7, 8, 9, 127)
-# Outputs below, at, just above and far above every tile width; depths that do and do not split by 4 and by 2.
-SHAPES = ((1, 1), (5, 3), (32, 64), (33, 7), (100, 65), (129, 18))
 
 
 def cpu_id(cpu: Cpu) -> str:
     return f"{8 * cpu.vector_bytes}bit-{cpu.registers}registers"
+
+
+PRODUCTS = [
+    pytest.param(cpu, rows, marks=() if (c + r) % 2 else pytest.mark.slow, id=f"{cpu_id(cpu)}-{rows}")
+    for c, cpu in enumerate(CPUS)
+    for r, rows in enumerate(ROWS)
+]
+"""Every processor with half of the numbers of rows, and every number of rows on half of the processors; the others are slow."""
+# Outputs below, at, just above and far above every tile width; depths that do and do not split by 4 and by 2.
+SHAPES = ((1, 1), (5, 3), (32, 64), (33, 7), (100, 65), (129, 18))
 
 
 def random(*shape: int, seed: int = 0) -> NDArray[np.float32]:
@@ -55,8 +63,7 @@ def packed_kernel(rows: int, n: int, k: int, cpu: Cpu, name: str, lead: tuple[in
 # --- packed products ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cpu", CPUS, ids=cpu_id)
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("cpu", "rows"), PRODUCTS)
 def test_packed_product_is_numpys_for_every_shape(cpu: Cpu, rows: int) -> None:
     library = build({f"f{n}x{k}": packed_kernel(rows, n, k, cpu, f"f{n}x{k}") for n, k in SHAPES}, cpu)
     for n, k in SHAPES:
