@@ -34,7 +34,7 @@ from nas.accuracy import HELD_OUT, accuracy_words, same_accuracy
 from nas.errors import InvalidRun
 from nas.evaluation import Evaluation, write_whole
 
-FORMAT = 1
+FORMAT = 2
 """Version of the run folder's layout."""
 
 _NEEDED = ("format", "seed", "space", "target", "corpus", "settings", "device", "id", "created", "versions")

@@ -99,6 +99,7 @@ def new_manifest(
             "name": corpus.name,
             "source": corpus_source,
             "licence": corpus.licence,
+            "held_out": corpus.held_out,
             "sha256": corpus.sha256,
             "training_text_bytes": corpus.train_bytes,
             "held_out_bytes": corpus.validation_bytes,

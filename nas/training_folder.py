@@ -216,6 +216,7 @@ def training_folder(
         "corpus": {
             "name": corpus.name,
             "licence": corpus.licence,
+            "held_out": corpus.held_out,
             "sha256": corpus.sha256,
             "train_bytes": corpus.train_bytes,
             "validation_bytes": corpus.validation_bytes,

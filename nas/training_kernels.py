@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from search_spaces.model import Head, attend
+from search_spaces.model import Head, Kernels, Rope, attend, rotate
 
 IGNORED = -100
 """The target of a position that has none."""
@@ -95,6 +95,58 @@ class _CausalAttention(torch.autograd.Function):
 
 def _product(a_Nij: Tensor, b_Njk: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(a_Nij.new_empty(()), a_Nij, b_Njk, beta=0, alpha=scale)
+
+
+class Rotation:
+    """What `search_spaces.model.rotate` computes, to the bit, for the positions from 0 on.
+
+    Forward and backward, one thread, microseconds, that and this: 298 and 165 (300 tokens, 8 heads of 16), 289 and 142 (430, 4 of 16).
+    """
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[int, int], Rope] = {}
+
+    def __call__(self, x_BSHd: Tensor, rope: Rope) -> Tensor:
+        S, H, d = x_BSHd.shape[1:]
+        if 2 * rope[0].shape[1] != d:
+            return rotate(x_BSHd, rope)
+        tables = self._tables.get((H, d))
+        if tables is None or tables[0].shape[0] < S:
+            tables = self._tables[H, d] = _tables(rope, H)
+        return _Rotated.apply(x_BSHd, tables[0][:S], tables[1][:S])  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _tables(rope: Rope, heads: int) -> Rope:
+    """What a head and its halves, exchanged, are multiplied with, (S, H, d): written out for every head, as rows of 8 are slow."""
+    cos_Sj, sin_Sj = rope
+    pair = torch.cat((cos_Sj, cos_Sj), dim=1), torch.cat((-sin_Sj, sin_Sj), dim=1)
+    cos_SHd, sin_SHd = (x_Sd[:, None].repeat(1, heads, 1) for x_Sd in pair)
+    return cos_SHd, sin_SHd
+
+
+class _Rotated(torch.autograd.Function):
+    """y = x cos + exchanged(x) sin, where sin has the sign of the half; the gradient is turned back: g cos - exchanged(g) sin."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BSHd: Tensor, cos_SHd: Tensor, sin_SHd: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_SHd, sin_SHd)
+        return (x_BSHd * cos_SHd).add_(_exchanged(x_BSHd).mul_(sin_SHd))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_BSHd: Tensor) -> tuple[Tensor, None, None]:
+        cos_SHd, sin_SHd = ctx.saved_tensors
+        return (g_BSHd * cos_SHd).sub_(_exchanged(g_BSHd).mul_(sin_SHd)), None, None
+
+
+def _exchanged(x_BSHd: Tensor) -> Tensor:
+    half = x_BSHd.shape[-1] // 2
+    return torch.cat((x_BSHd[..., half:], x_BSHd[..., :half]), dim=-1)
+
+
+def training_kernels() -> Kernels:
+    """What a training on a CPU makes the body of its model with."""
+    return Kernels(attend=causal_attention, rotate=Rotation())
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.training_kernels import IGNORED, causal_attention, head_gradients, keep_memory
+from nas.training_kernels import IGNORED, head_gradients, keep_memory, training_kernels
 from search_spaces.config import SLMConfig
 from search_spaces.model import SLM
 
@@ -86,7 +86,7 @@ class Learner:
         if on_cpu:
             keep_memory()
         self._written_out = on_cpu and arithmetic == "fp32" and not compiled
-        body = partial(model.body, attend=causal_attention) if self._written_out else model.body
+        body = partial(model.body, kernels=training_kernels()) if self._written_out else model.body
         self._body = torch.compile(body) if compiled else body
         self._loss = torch.compile(self._loss_of) if compiled else self._loss_of
 

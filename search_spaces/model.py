@@ -11,6 +11,7 @@ R rotary dims, L latent rank, F inner FFN width, V vocabulary, n series terms.
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +25,10 @@ Rope = tuple[Tensor, Tensor]
 """cos and sin, each (S, R/2); of width 0 when positions are learned."""
 Cache = tuple[Tensor, ...]
 """Rows of one effective layer: (k_BCKd, v_BCKd), or for MLA (latent_BCL, k_rope_BCR)."""
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Causal attention of q_BHSd to k_BKSd and v_BKSv: o_BHSv."""
 
 
 def attend(q_BHSd: Tensor, k_BKSd: Tensor, v_BKSv: Tensor) -> Tensor:
-    """PyTorch's own; training on a CPU has a faster one (`nas.training_kernels`) of the same values but for rounding."""
+    """Causal attention, (B, H, S, v)."""
     return F.scaled_dot_product_attention(q_BHSd, k_BKSd, v_BKSv, is_causal=True, enable_gqa=q_BHSd.shape[1] != k_BKSd.shape[1])
 
 
@@ -55,6 +54,16 @@ def rotate(x_BSHd: Tensor, rope: Rope) -> Tensor:
     if 2 * half == x_BSHd.shape[-1]:
         return torch.cat(turned, dim=-1)
     return torch.cat((*turned, x_BSHd[..., 2 * half :]), dim=-1)
+
+
+class Kernels(NamedTuple):
+    """What prefill computes with: this, or what gives the same values but for rounding (`nas.training_kernels`)."""
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend
+    rotate: Callable[[Tensor, Rope], Tensor] = rotate
+
+
+PLAIN = Kernels()
 
 
 class Norm(nn.Module):
@@ -167,7 +176,7 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(config, self.d) if config.qk_norm else None
         self.shortcuts = Shortcuts(config) if config.augmented_shortcuts else None
 
-    def _project(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_BSD: Tensor, rope: Rope, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor]:
         B, S, _ = x_BSD.shape
         q_BSHd = self.q(x_BSD).view(B, S, self.H, self.d)
         k_BSKd = self.k(x_BSD).view(B, S, self.K, self.d)
@@ -175,24 +184,24 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHd, k_BSKd = self.q_norm(q_BSHd), self.k_norm(k_BSKd)
         if self.rotary:
-            q_BSHd, k_BSKd = rotate(q_BSHd, rope), rotate(k_BSKd, rope)
+            q_BSHd, k_BSKd = kernels.rotate(q_BSHd, rope), kernels.rotate(k_BSKd, rope)
         return q_BSHd, k_BSKd, v_BSKd
 
     def _finish(self, o_BSM: Tensor, x_BSD: Tensor) -> Tensor:
         y_BSD = self.out(o_BSM)
         return y_BSD if self.shortcuts is None else y_BSD + self.shortcuts(x_BSD)
 
-    def prefill(self, x_BSD: Tensor, rope: Rope, attend: Attend = attend) -> tuple[Tensor, Cache]:
+    def prefill(self, x_BSD: Tensor, rope: Rope, kernels: Kernels = PLAIN) -> tuple[Tensor, Cache]:
         """Causal attention among S normalised inputs; returns the output and the S rows to cache."""
         B, S, _ = x_BSD.shape
-        q_BSHd, k_BSKd, v_BSKd = self._project(x_BSD, rope)
-        o_BHSd = attend(q_BSHd.transpose(1, 2), k_BSKd.transpose(1, 2), v_BSKd.transpose(1, 2))
+        q_BSHd, k_BSKd, v_BSKd = self._project(x_BSD, rope, kernels)
+        o_BHSd = kernels.attend(q_BSHd.transpose(1, 2), k_BSKd.transpose(1, 2), v_BSKd.transpose(1, 2))
         return self._finish(o_BHSd.transpose(1, 2).reshape(B, S, self.H * self.d), x_BSD), (k_BSKd, v_BSKd)
 
     def decode(self, x_B1D: Tensor, rope: Rope, cache: Cache) -> tuple[Tensor, Cache]:
         """One normalised input against C cached rows."""
         k_BCKd, v_BCKd = cache
-        q_B1Hd, k_B1Kd, v_B1Kd = self._project(x_B1D, rope)
+        q_B1Hd, k_B1Kd, v_B1Kd = self._project(x_B1D, rope, PLAIN)
         o_B1Hd = OPERATORS.cached_attention(q_B1Hd, k_BCKd, v_BCKd, k_B1Kd, v_B1Kd, 1 / math.sqrt(self.d))
         return self._finish(o_B1Hd.reshape(x_B1D.shape[0], 1, self.H * self.d), x_B1D), (k_B1Kd, v_B1Kd)
 
@@ -221,35 +230,35 @@ class LatentAttention(nn.Module):
         self.out = nn.Linear(self.H * self.v, width, bias=config.attention_bias)
         self.shortcuts = Shortcuts(config) if config.augmented_shortcuts else None
 
-    def _project(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _project(self, x_BSD: Tensor, rope: Rope, kernels: Kernels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         B, S, _ = x_BSD.shape
         q_BSM = self.q(x_BSD) if self.q_down is None or self.q_norm is None else self.q(self.q_norm(self.q_down(x_BSD)))
         q_BSHe = q_BSM.view(B, S, self.H, self.d + self.R)
         kv_BSe = self.kv_down(x_BSD)
         c_BSL = self.kv_norm(kv_BSe[..., : self.L])
-        k_rope_BSR = rotate(kv_BSe[..., self.L :].view(B, S, 1, self.R), rope).view(B, S, self.R)
-        return q_BSHe[..., : self.d], rotate(q_BSHe[..., self.d :], rope), c_BSL, k_rope_BSR
+        k_rope_BSR = kernels.rotate(kv_BSe[..., self.L :].view(B, S, 1, self.R), rope).view(B, S, self.R)
+        return q_BSHe[..., : self.d], kernels.rotate(q_BSHe[..., self.d :], rope), c_BSL, k_rope_BSR
 
     def _finish(self, o_BSM: Tensor, x_BSD: Tensor) -> Tensor:
         y_BSD = self.out(o_BSM)
         return y_BSD if self.shortcuts is None else y_BSD + self.shortcuts(x_BSD)
 
-    def prefill(self, x_BSD: Tensor, rope: Rope, attend: Attend = attend) -> tuple[Tensor, Cache]:
+    def prefill(self, x_BSD: Tensor, rope: Rope, kernels: Kernels = PLAIN) -> tuple[Tensor, Cache]:
         """Causal attention among S normalised inputs; returns the output and the S rows to cache."""
         B, S, _ = x_BSD.shape
-        q_BSHd, q_rope_BSHR, c_BSL, k_rope_BSR = self._project(x_BSD, rope)
+        q_BSHd, q_rope_BSHR, c_BSL, k_rope_BSR = self._project(x_BSD, rope, kernels)
         k_BSHd = F.linear(c_BSL, self.k_up.view(self.H * self.d, self.L)).view(B, S, self.H, self.d)
         v_BSHv = F.linear(c_BSL, self.v_up.view(self.H * self.v, self.L)).view(B, S, self.H, self.v)
         q_BSHe = torch.cat((q_BSHd, q_rope_BSHR), dim=-1)
         k_BSHe = torch.cat((k_BSHd, k_rope_BSR[:, :, None, :].expand(B, S, self.H, self.R)), dim=-1)
-        o_BHSv = attend(q_BSHe.transpose(1, 2), k_BSHe.transpose(1, 2), v_BSHv.transpose(1, 2))
+        o_BHSv = kernels.attend(q_BSHe.transpose(1, 2), k_BSHe.transpose(1, 2), v_BSHv.transpose(1, 2))
         return self._finish(o_BHSv.transpose(1, 2).reshape(B, S, self.H * self.v), x_BSD), (c_BSL, k_rope_BSR)
 
     def decode(self, x_B1D: Tensor, rope: Rope, cache: Cache) -> tuple[Tensor, Cache]:
         """One normalised input against C cached latents, in absorbed form."""
         c_BCL, k_rope_BCR = cache
         B = x_B1D.shape[0]
-        q_B1Hd, q_rope_B1HR, c_B1L, k_rope_B1R = self._project(x_B1D, rope)
+        q_B1Hd, q_rope_B1HR, c_B1L, k_rope_B1R = self._project(x_B1D, rope, PLAIN)
         q_BHL = torch.matmul(q_B1Hd.view(B, self.H, 1, self.d), self.k_up).view(B, self.H, self.L)
         q_BHR = q_rope_B1HR.view(B, self.H, self.R)
         scale = 1 / math.sqrt(self.d + self.R)
@@ -273,9 +282,9 @@ class Block(nn.Module):
         x_BSD = x_BSD + a_BSD
         return x_BSD + self.ffn(self.ffn.norm(x_BSD))
 
-    def prefill(self, x_BSD: Tensor, rope: Rope, attend: Attend = attend) -> tuple[Tensor, Cache]:
+    def prefill(self, x_BSD: Tensor, rope: Rope, kernels: Kernels = PLAIN) -> tuple[Tensor, Cache]:
         normed_BSD = self.attention.norm(x_BSD)
-        a_BSD, rows = self.attention.prefill(normed_BSD, rope, attend)
+        a_BSD, rows = self.attention.prefill(normed_BSD, rope, kernels)
         return self._join(x_BSD, normed_BSD, a_BSD), rows
 
     def decode(self, x_B1D: Tensor, rope: Rope, cache: Cache) -> tuple[Tensor, Cache]:
@@ -364,11 +373,11 @@ class SLM(nn.Module):
         """Logits (B, S, V) of tokens (B, S), S at most `config.context`."""
         return self.head(self.body(tokens_BS))
 
-    def body(self, tokens_BS: Tensor, attend: Attend = attend) -> Tensor:
+    def body(self, tokens_BS: Tensor, kernels: Kernels = PLAIN) -> Tensor:
         """What the head makes logits of, (B, S, D): training makes those of some tokens at a time."""
         x_BSD, cos, sin = self.embed(tokens_BS, torch.arange(tokens_BS.shape[1], device=tokens_BS.device))
         for block in self.blocks():
-            x_BSD, _ = block.prefill(x_BSD, (cos, sin), attend)
+            x_BSD, _ = block.prefill(x_BSD, (cos, sin), kernels)
         return x_BSD
 
     def prefill(self, tokens_BS: Tensor) -> tuple[Tensor, list[Cache]]:

@@ -156,14 +156,14 @@ def test_of_several_the_sampler_chooses_and_starts_have_the_first(tmp_path: Path
 def test_an_equal_model_is_trained_once_and_no_repeat_of_another_precision(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained: list[Any] = []
-    train = nas.training.train
+    trained: list[int] = []
+    to = nas.training.ShortTraining.to
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        trained.append(args[0])
-        return train(*args, **kwargs)
+    def counted(self: Any, train_bytes: int, progress: Any = None) -> Any:
+        trained.append(train_bytes)
+        return to(self, train_bytes, progress)
 
-    monkeypatch.setattr(nas.training, "train", counted)
+    monkeypatch.setattr(nas.training.ShortTraining, "to", counted)
     given = settings(weights=("int4", "fp32"))
     run, outcome = run_search(tmp_path / "run", corpus, trials=8, space=one_model(), given=given)
     assert Counter(e.weights for e in outcome.evaluations if e.duplicate_of is None) == {"int4": 1, "fp32": 1}
@@ -172,7 +172,7 @@ def test_an_equal_model_is_trained_once_and_no_repeat_of_another_precision(
         assert copied.weights == outcome.evaluations[copied.duplicate_of or 0].weights
     assert len(trained) == 1
     # Trained again instead, everything is the same to the byte.
-    monkeypatch.setattr(nas.trained, "_from_other_precision", lambda *_: None)
+    monkeypatch.setattr(nas.trained, "_weights_of", lambda *_: None)
     run_search(tmp_path / "again", corpus, trials=8, space=one_model(), given=given)
     assert len(trained) == 3
     assert contents(tmp_path / "again") == contents(run.path)

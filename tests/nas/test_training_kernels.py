@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nas import training_kernels
-from nas.training_kernels import IGNORED, causal_attention, head_gradients
+from nas.training_kernels import IGNORED, Rotation, causal_attention, head_gradients
 from nas.training_step import Learner
 from search_spaces.config import SLMConfig
-from search_spaces.model import SLM, Head, attend
+from search_spaces.model import SLM, Head, attend, rotate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,6 +45,21 @@ def test_large_scores_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CausalAttention" in type(causal_attention(*given).grad_fn).__name__
     monkeypatch.setattr(training_kernels, "_MOST_SCORES", 2 * 20 * 20 - 1)
     assert "CausalAttention" not in type(causal_attention(*given).grad_fn).__name__
+
+
+@pytest.mark.parametrize("width", [8, 10])  # the second with two dims that are not turned
+def test_rotation_is_the_same_to_the_bit_forth_and_back(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.rand(9, 4, generator=generator)
+    rotation = Rotation()
+    for S, H in ((5, 2), (9, 2), (7, 2), (7, 1)):  # its tables grow, are cut, and are of another number of heads
+        rope = angles[:S].cos(), angles[:S].sin()
+        given, weights = torch.randn(2, 2, S, H, width, generator=generator)
+        given.requires_grad_()
+        ours, theirs = rotation(given, rope), rotate(given, rope)
+        assert torch.equal(ours, theirs)
+        found, wanted = (torch.autograd.grad((o * weights).sum(), given)[0] for o in (ours, theirs))
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("bias", [False, True])
