@@ -1,7 +1,7 @@
 """Tokens a second of our training step beside a plain loop's and litgpt's, step by step in turn on the same batches.
 
     python benchmarks/train.py --models gpt2-14m,llama-13m --json train.json
-    python benchmarks/train.py --models search-64,search-128,search-192 --loops edgewise,plain --threads 1 --clock cpu --rounds 40
+    python benchmarks/train.py --models search-64,search-128,search-192 --loops edgewise,plain --threads 1 --clock cpu --steps 8
 
 Models named search-* are of the size that a search trains, on a window a step (about 1 KB of text); the others are for
 `edgewise train`. Every round trains some steps with each, in an order that changes; a ratio compares two loops' times of one

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.corpus import VALIDATION_CAP_BYTES, expanded
 from nas.tasks import TaskSet, load_tasks
 
 if TYPE_CHECKING:
+    from nas.corpus import Corpus
     from nas.tokenizer import Tokenizer
     from search_spaces.model import SLM
 
@@ -29,7 +30,7 @@ class Accuracy:
     @property
     def name(self) -> str:
         """The file's own name."""
-        return Path(self.path).expanduser().resolve().name
+        return expanded(self.path).resolve().name
 
     @property
     def untrained_loss(self) -> float:
@@ -47,6 +48,18 @@ class Accuracy:
         from nas.likelihood import score_tasks
 
         return {**score_tasks(model, tokenizer, self.tasks, window).to_dict(), "name": self.name}
+
+    def doubts(self, corpus: "Corpus") -> list[str]:
+        """What a user should know before searching by it, a line each: text that is trained on as well, text that is much."""
+        trained = {" ".join(document.split()) for document in corpus.train}
+        found = []
+        copies = sum(" ".join(document.split()) in trained for document in self.tasks.documents)
+        if copies:
+            found.append(f"{copies:,} documents of --accuracy {self.path} are trained on, too; give it as --held-out as well")
+        size = sum(len(document.encode()) for document in self.tasks.documents)
+        if size > VALIDATION_CAP_BYTES:
+            found.append(f"every model is scored on all {size:,} bytes of {self.path}, at every rung; {VALIDATION_CAP_BYTES:,} mostly do")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values for a run's manifest; `sha256` and `kind` must stay the same in a run."""

@@ -84,7 +84,8 @@ def eval_command(
             scores.append(whole)
     for score in scores:
         if score.shortened:
-            say(f"{score.name}: {score.shortened} of {score.n} items are longer than {chosen.window} tokens; their beginnings were cut")
+            longer = f"{score.shortened} of {score.n} items are longer than {chosen.window} tokens"
+            say(f"{_printable(score.name)}: {longer}; their beginnings were cut")
     if as_json:
         records = [{"file": file, **score.to_dict()} for file, score in zip(files, scores, strict=True)]
         if with_items:
@@ -94,6 +95,9 @@ def eval_command(
         return
     from rich.console import Console
 
+    names = [score.name for score in scores]
+    # Two files of one name are told apart by the words they were given by.
+    scores = [dataclasses.replace(s, name=file) if names.count(s.name) > 1 else s for file, s in zip(files, scores, strict=True)]
     click.echo(chosen.title)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(_table(scores))

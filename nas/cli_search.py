@@ -70,7 +70,7 @@ _SAMPLERS = "tpe, nsga2, nsga3, gp or random"
     type=Rungs(),
     default="auto",
     show_default=True,
-    help="Text at which a candidate is scored, and stopped if it is behind, as in 64KB,256KB; auto: a 16th and a quarter of --budget.",
+    help="Text at which a candidate is scored, and stopped if it is behind, as in 64KB,256KB; auto: 1/16, 1/4 of --budget, from 64 KB on.",
 )
 @click.option("--sampler", default="tpe", show_default=True, help=f"How candidates are proposed: {_SAMPLERS}.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of proposals, weights and order of text.")
@@ -178,6 +178,9 @@ def search_command(
     named = [named_model(reference) for reference in references]
 
     loaded_corpus = corpus_of(corpus, held_out, corpus_bytes)
+    if settings.accuracy is not None:
+        for doubt in settings.accuracy.doubts(loaded_corpus):
+            say(doubt)
 
     from cost_models.roofline import Roofline
     from nas.measuring import farm_size

@@ -8,6 +8,7 @@ that has read one half looks better on the other than it is.
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,11 @@ def read_documents(path: Path, text_field: str = "text") -> list[str]:
     """
     files = _files_under(path) if path.is_dir() else [path]
     return [document for file in files for document in _read(file, text_field)]
+
+
+def expanded(word: str | Path) -> Path:
+    """A path as the user wrote it, with a leading ~ replaced; one that names no user stays as it is."""
+    return Path(os.path.expanduser(word))  # noqa: PTH111  (Path.expanduser raises where there is no such user)
 
 
 def cut(text: str, size_bytes: int) -> list[str]:
@@ -252,7 +258,7 @@ def _read_source(source: str, text_field: str, most_bytes: int, cache: Path | No
         from nas.corpus_hub import read_dataset
 
         return read_dataset(source, text_field=text_field, most_bytes=most_bytes, cache=cache, note=note)
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not source.strip() or not path.exists():
         raise InvalidCorpus(
             f"corpus {source!r} does not exist; give {PACKAGED!r}, a {_kinds()} file, a folder of them, or {STREAMED}NAME for a dataset"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nas.corpus import STREAMED, Text, encodable, read_documents
+from nas.corpus import STREAMED, Text, encodable, expanded, read_documents
 from nas.errors import InvalidCorpus
 from targets.files import whole
 
@@ -48,7 +48,7 @@ class DatasetName:
     @property
     def title(self) -> str:
         """What people call it: the name, the configuration, and a split that is not the usual one."""
-        name = Path(self.name).expanduser().resolve().name if self.is_folder else self.name
+        name = expanded(self.name).resolve().name if self.is_folder else self.name
         parts = [name, *([self.config] if self.config else [])]
         return "/".join(parts) + (f":{self.split}" if self.split != _SPLIT else "")
 
@@ -209,7 +209,7 @@ def _package(wanted: DatasetName) -> Any:
 
 def _folder(wanted: DatasetName) -> tuple[str, None, str]:
     """A folder's path, without a revision or a known licence."""
-    path = Path(wanted.name).expanduser()
+    path = expanded(wanted.name)
     if not path.is_dir():
         what = "is a file, not a folder; give it without hf:" if path.is_file() else "does not exist; give a folder"
         raise wanted.refusal(what)
@@ -275,7 +275,7 @@ def _reason(error: Exception) -> str:
 
 def _file_name(wanted: DatasetName, most_bytes: int) -> str:
     key = json.dumps([wanted.name, wanted.config, wanted.split, wanted.column, most_bytes])
-    return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', wanted.title).strip('.-')}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
+    return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', wanted.title).strip('.-')[:100]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
 
 
 def _keep(path: Path, text: Text, is_cut: bool) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nas.describe import describe_config, format_bpb, format_bytes, format_count, format_ms, format_s
+from nas.describe import describe_config, format_bpb, format_bytes, format_count, format_loss, format_ms, format_s, objective_words
 from nas.errors import InvalidRun, UserError
 from nas.evaluation import Evaluation
 from nas.front import front_of, speed_of
@@ -230,11 +230,12 @@ def model_card(run: Run, evaluation: Evaluation, vocab_size: int, *, form: str =
             f"| weights | {format_bytes(evaluation.weight_bytes)} |",
             f"| {_scored(evaluation)} | {format_bpb(evaluation.val_bpb, evaluation.val_bpb_stderr)} |",
             *_unrounded(evaluation, score),
+            *([f"| {plain(objective_words([evaluation]))} | {format_loss(evaluation)} |"] if evaluation.task is not None else []),
             "",
             "## How it was found",
             "",
             f"Search space {plain(manifest['space']['name'])}, sampler {settings['sampler']}, seed {manifest['seed']}; on the front of "
-            f"bits per byte against {settings['speed']} time. "
+            f"{plain(objective_words([evaluation]))} against {settings['speed']} time. "
             + ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
             + ".",
             "",

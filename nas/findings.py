@@ -257,8 +257,8 @@ def _surplus(front: Sequence[Evaluation], candidates: Sequence[Evaluation]) -> l
     verdict = "more than chance explains" if chance * len(rows) < 0.05 else "which chance alone could give"
     return [
         f"The choice most over-represented on the front is {fact} = {value}: {hits} of {len(chosen)} there, "
-        f"{marked} of {len(everyone)} among all candidates (by lot as many or more with probability {significant(chance, 2)}, "
-        f"the smallest of {plural(len(rows), 'comparison')}: {verdict})."
+        f"{marked} of {len(everyone)} among all candidates trained to the end (by lot as many or more with probability "
+        f"{significant(chance, 2)}, the smallest of {plural(len(rows), 'comparison')}: {verdict})."
     ]
 
 
@@ -289,8 +289,8 @@ def _by_size(front: Sequence[Evaluation], candidates: Sequence[Evaluation], spee
     sentences = []
     if loss is not None and seconds is not None:
         sentences.append(
-            f"Parameter count alone ranks these {len(sized)} candidates with Kendall tau {_signed(-loss)} against accuracy and "
-            f"{_signed(seconds)} against time (1: larger is always better, or slower; 0: no relation)."
+            f"Parameter count alone ranks the {len(sized)} candidates trained to the end with Kendall tau {_signed(-loss)} "
+            f"against accuracy and {_signed(seconds)} against time (1: larger is always better, or slower; 0: no relation)."
         )
     chosen = choose(front, speed)
     assert chosen is not None
@@ -299,7 +299,7 @@ def _by_size(front: Sequence[Evaluation], candidates: Sequence[Evaluation], spee
     if largest is not None:
         lost = largest.objectives(speed)[0] - best_loss
         unit = objective_words(front) if is_text(front) else f"of {objective_words(front)}"
-        where = f"the largest candidate as fast as trial {chosen.trial} ({_pace(chosen, speed)})"
+        where = f"the largest candidate trained to the end and as fast as trial {chosen.trial} ({_pace(chosen, speed)})"
         sentences.append(
             f"Taking {where} picks that same model."
             if largest.trial == chosen.trial

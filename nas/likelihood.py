@@ -221,7 +221,7 @@ def _summary(tasks: TaskSet, scores: Sequence[ItemScore]) -> TaskScore:
     if tasks.kind == "pairs":
         bits, units = [s.share_bits for s in scores], [1] * n
     else:
-        bits, units = [s.bits for s in scores], [len(s.item.options[s.item.answer].encode()) for s in scores]
+        bits, units = [s.bits for s in scores], [len(s.item.continuation(s.item.answer).encode()) for s in scores]
     loss, stderr = bits_per_byte(np.asarray(bits, dtype=np.float64), np.asarray(units, dtype=np.float64))
     return TaskScore(
         name=tasks.name,

@@ -59,8 +59,8 @@ def settled(bench: Bench, evaluation: Evaluation) -> Evaluation:
         return evaluation
     if evaluation.score["diverged"]:
         return evaluation.evolve(state="diverged", reason="the training loss exploded or was not a number")
-    if evaluation.val_bpb is None:
-        return evaluation.evolve(state="failed", reason=f"with {evaluation.weights} weights its bits per byte are not a number")
+    if evaluation.val_bpb is None or evaluation.loss is None:
+        return evaluation.evolve(state="failed", reason=f"with {evaluation.weights} weights its score is not a number")
     return evaluation.evolve(state="complete", reason=None)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nas.corpus import encodable, json_rows, read_documents
+from nas.corpus import encodable, expanded, json_rows, read_documents
 from nas.errors import InvalidTasks
 
 Kind = Literal["text", "pairs", "cloze", "choice"]
@@ -122,7 +122,7 @@ def load_tasks(path: str | Path, *, text_field: str = "text") -> TaskSet:
         InvalidTasks: if there is nothing in it, or a line breaks a rule; the message has its number.
         InvalidCorpus: if it cannot be read.
     """
-    source = Path(path).expanduser()
+    source = expanded(path)
     if not str(path).strip() or not source.exists():
         raise InvalidTasks(f"{str(path)!r} does not exist; give a .jsonl file of tasks, or a text: .txt, .md, .jsonl, .parquet or a folder")
     name = source.resolve().stem
