@@ -25,7 +25,7 @@ from scipy import stats
 
 from nas.evaluation import write_whole
 from nas.front import hypervolume
-from nas.rungs import RungPoint, replay
+from nas.rungs import CONFIDENCE, MARGIN, RungPoint, replay
 
 KB = 1024
 BOOTSTRAPS = 2000
@@ -60,8 +60,9 @@ class Table:
 
 
 def read(folder: Path) -> Table:
-    """The finished trainings of a folder of fidelity_train.py."""
+    """The finished trainings of a folder of fidelity_train.py that did not diverge."""
     rows = [json.loads(path.read_text()) for path in sorted((folder / "protocol").glob("*-0.json"))]
+    rows = [row for row in rows if all(rung["val_bpb"] is not None for rung in row["rungs"])]
     rungs = [row["rung_bytes"] for row in rows[0]["rungs"]]
     bpb = np.array([[rung["val_bpb"] or math.nan for rung in row["rungs"]] for row in rows])
     latency = folder.parent / "latency.json"
@@ -263,7 +264,7 @@ def noise(folder: Path) -> list[dict[str, Any]]:
     groups: dict[tuple[int, int], list[float]] = {}
     for path in sorted((folder / "protocol").glob("*.json")):
         row = json.loads(path.read_text())
-        for rung in row["rungs"]:
+        for rung in (r for r in row["rungs"] if r["val_bpb"] is not None):
             groups.setdefault((rung["rung_bytes"], row["number"]), []).append(rung["val_bpb"])
     found = []
     for size in sorted({size for size, _ in groups}):
@@ -365,7 +366,7 @@ def main() -> None:
         "regrets": regrets(table),
         "tricks": tricks(options.folder, table) if ABLATED_BYTES in table.rungs[:-1] else [],
         "noise": noise(options.folder),
-        "rungs": [rungs(table, c, m) for c in (0.5, 1.0, 1.5) for m in (0.0, 0.005, 0.01, 0.02)],
+        "rungs": [rungs(table, c, m) for c in (CONFIDENCE, 0.5, 1.0, 1.5) for m in (0.0, 0.005, MARGIN, 0.02)],
     }
     print(f"{len(table.numbers)} architectures to {table.rungs[-1] // KB} KB: {figures['top_seconds']:,.0f} s of one thread\n")
     for name in ("ranks", "extrapolations", "regrets", "tricks", "noise", "rungs"):

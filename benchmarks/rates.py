@@ -62,7 +62,7 @@ def optimum(losses: dict[float, float]) -> float:
     """The multiple where the parabola through the best one and its neighbours, in log2, is lowest; an end of the sweep as it is."""
     multiples = sorted(losses)
     best = min(range(len(multiples)), key=lambda i: losses[multiples[i]])
-    if best in (0, len(multiples) - 1):
+    if best in (0, len(multiples) - 1) or not all(math.isfinite(losses[multiples[best + i]]) for i in (-1, 1)):
         return multiples[best]
     x = [math.log2(multiples[best + i]) for i in (-1, 0, 1)]
     y = [losses[multiples[best + i]] for i in (-1, 0, 1)]
@@ -128,7 +128,7 @@ def report(out: Path, corpus_name: str, train_bytes: int, what: str, json_path: 
         optima[name] = optimum(losses) if what != "decay" else min(losses, key=losses.__getitem__)
         cells = " | ".join(f"{losses[m]:.4f}" if m in losses else "" for m in MULTIPLES[what])
         print(f"| {name} | {cells} | x {optima[name]:.2f} |")
-    spread = max(optima.values()) / min(optima.values()) if all(optima.values()) else math.inf
+    spread = max(optima.values()) / min(optima.values()) if optima and all(optima.values()) else math.inf
     print(f"\nlargest optimum / smallest optimum: {spread:.2f}")
     if json_path is not None:
         figures = {"what": what, "train_bytes": train_bytes, "losses": {k: {str(m): v for m, v in r.items()} for k, r in rows.items()}}

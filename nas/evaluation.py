@@ -18,8 +18,8 @@ from search_spaces.precision import PRECISIONS, Precision
 from targets.files import whole
 
 State = Literal["running", "complete", "stopped", "infeasible", "failed", "diverged"]
-"""running: not finished; stopped: trained up to a rung, and surely beaten; infeasible: breaks a limit; failed: could not be
-compiled or measured; diverged: training did."""
+"""running: not finished; stopped: foretold at a rung to end hardly better than a finished trial as fast; infeasible: breaks a
+limit; failed: could not be compiled or measured; diverged: training did."""
 
 Speed = Literal["prefill", "decode", "request"]
 """Which time is traded against accuracy."""

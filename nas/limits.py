@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from nas.describe import format_bytes, format_count, format_ms
 from nas.evaluation import Evaluation, Speed, loss_in
-from nas.rungs import RungPoint, verdict
+from nas.rungs import MARGIN, RungPoint, verdict
 from nas.settings import Bench
 from search_spaces.counting import kv_bytes
 from search_spaces.workload import assumed_bytes_per_token
@@ -83,9 +83,12 @@ def stopped_if_behind(bench: Bench, evaluation: Evaluation, before: Sequence[Eva
     there = candidate.scores[-1]
     reason = (
         f"at {format_bytes(rungs[len(candidate.scores) - 1])} of text it scored {there:.3f}, which foretells {found.predicted:.3f} ± "
-        f"{found.stderr:.3f}; trial {found.behind}, at least as fast, has {found.best:.3f}"
+        f"{found.stderr:.3f}; trial {found.behind}, at least as fast, has {found.best:.3f}, and a gain below {MARGIN:.0%} does not count"
     )
-    foretold = {"loss": found.predicted, "stderr": found.stderr, "behind": found.behind}
+    assert found.predicted is not None
+    assert found.best is not None
+    # No better than what it is stopped for: a sampler would take it for a point of the front.
+    foretold = {"loss": max(found.predicted, found.best), "stderr": found.stderr, "behind": found.behind}
     return evaluation.evolve(state="stopped", reason=reason, score={**(evaluation.score or {}), "foretold": foretold})
 
 

@@ -42,7 +42,7 @@ def rounded_score(
     rounded = copy.deepcopy(model).cpu()
     round_weights(rounded, precision)
     with using_threads(score["threads"]):
-        bpb, stderr = evaluate(rounded.to(score["device"]), tokenizer, corpus.validation, score["window_tokens"])
+        bpb, stderr = evaluate(rounded.to(next(model.parameters()).device), tokenizer, corpus.validation, score["window_tokens"])
     task = _on_file(rounded, tokenizer, score, accuracy)
     found = {"val_bpb": bpb, "val_bpb_stderr": stderr}
     finite = {name: value if value is not None and math.isfinite(value) else None for name, value in found.items()}

@@ -1,7 +1,7 @@
 """Rungs: the amounts of text at which a candidate is scored, and whether it is worth training further.
 
-A candidate stops where it would in all likelihood end no better than a finished trial that is at least as fast on every
-device. Its score at the top is foretold from its score at the rung and from what training on changed for the trials that went
+A candidate stops where it is not foretold to end clearly (`MARGIN`) better than a finished trial that is at least as fast on
+every device. Its score at the top is foretold from its score at the rung and from what training on changed for the trials that went
 to the top. Nothing here trains or reads a file: a verdict is a function of scores and times alone, so it can be replayed
 from a table.
 """
@@ -150,7 +150,7 @@ def _foretold(there: float, pairs: Sequence[tuple[float, float]], ratio: float) 
     """The score at the top of a candidate that scored `there`, and its standard error; None if there is no pair to learn from."""
     if not pairs:
         return None
-    n, spread = len(pairs), _spread(ratio) * abs(there)
+    n, spread = len(pairs), max(_spread(ratio) * abs(there), 1e-9)  # a loss on a file may be 0
     mean_x = math.fsum(x for x, _ in pairs) / n
     changes = [(x - mean_x, y - x) for x, y in pairs]
     mean_change = math.fsum(d for _, d in changes) / n

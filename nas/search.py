@@ -144,6 +144,8 @@ def search(
         raise UserError(f"trials={trials} is below 1; give a positive number")
     if timeout_s is not None and not timeout_s > 0:
         raise UserError(f"timeout={timeout_s} is not above 0; give a positive number of seconds")
+    if repeats is not None and repeats < 0:
+        raise UserError(f"repeats={repeats} is below 0; give 0 for none, or how often to train again")
     make_sampler(settings.sampler, 0)
     file_names(references)
     bench = Bench(

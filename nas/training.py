@@ -154,6 +154,7 @@ class ShortTraining:
         self._text = tokenised(corpus, tokenizer, budget.passage_bytes)
         self._rate = MATRIX_RATE if budget.learning_rate is None else budget.learning_rate
         self._begin()
+        threads = threads or torch.get_num_threads()
         what = [corpus.sha256, tokenizer.sha256, budget.passage_bytes, self._rate, seed, str(self._device), threads]
         self._identity = json.dumps(what)
 
@@ -170,6 +171,9 @@ class ShortTraining:
 
     def save(self, path: Path) -> None:
         """Writes the trunk whole: weights, moments, losses and with them its place."""
+        if not self._losses:  # nothing to go on from, and no moments yet
+            path.unlink(missing_ok=True)
+            return
         save_checkpoint(path, self._learner, Progress(losses=tuple(self._losses), train_s=self._train_s), self._identity)
 
     def resume(self, path: Path) -> bool:
@@ -267,8 +271,8 @@ class ShortTraining:
             if not math.isfinite(bpb):
                 bpb, stderr, diverged = None, None, True
         eval_s = time.perf_counter() - start
-        read_bytes = sum(self._text.sizes[i] for i in order)
-        tokens = sum(len(ids) - 1 for ids in rows)
+        read_bytes = sum(self._text.sizes[i] for i in order[: len(losses)])
+        tokens = sum(len(ids) - 1 for ids in rows[: len(losses)])
         per_byte = tokens / read_bytes / math.log(2)
         last = losses[-max(1, len(losses) // 10) :]
         return ProxyScore(

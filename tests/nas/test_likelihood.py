@@ -256,7 +256,7 @@ def test_a_summary_by_hand() -> None:
     whole = summary(tasks, scores)
     assert (whole.n, whole.accuracy, whole.accuracy_per_byte) == (2, 0.5, 0.0)
     assert whole.chance == pytest.approx((1 / 2 + 1 / 3) / 2)
-    assert whole.loss == pytest.approx((1 + 3) / math.log(2) / 3)
+    assert whole.loss == pytest.approx((1 + 3) / math.log(2) / 5)  # the space before each counts
     assert {name: group.accuracy for name, group in whole.groups.items()} == {"x": 1.0, "y": 0.0}
     values = whole.to_dict()
     assert values["accuracy_stderr"] == pytest.approx(math.sqrt(0.25 / 1))
@@ -270,7 +270,7 @@ def test_a_summary_by_hand() -> None:
     score = summary(TaskSet(name="c", kind="cloze", items=tuple(s.item for s in cloze)), cloze)
     assert (score.accuracy, score.chance, score.accuracy_per_byte) == (0.5, None, None)
     assert score.perplexity == pytest.approx(math.exp(3))
-    assert score.loss == pytest.approx(6 / math.log(2) / 3)
+    assert score.loss == pytest.approx(6 / math.log(2) / 5)
 
 
 def test_what_is_not_finite_is_none_in_json() -> None:
