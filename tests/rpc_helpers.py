@@ -128,6 +128,12 @@ def device(spec: DeviceSpec, kind: str, port: int, **others: Any) -> DeviceSpec:
     return DeviceSpec.from_dict(values, "there")
 
 
+def listens(port: int) -> bool:
+    """Whether a process here waits for connections on a port; it is not told (proc(5), /proc/net/tcp: state 0A)."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
+
+
 def reachable(spec: DeviceSpec, like: LocalTarget, cache: Path, patience: Patience) -> RpcTarget:
     """A target whose tuning is the local one's, so that it is not tried anew for each port."""
     target = RpcTarget(spec, cache, patience)

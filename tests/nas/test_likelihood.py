@@ -93,7 +93,12 @@ def _modules(tmp_path: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
         patch.setattr(sys, "path", [*sys.path])
+        # What another test loaded lies in that test's folder, and its package would be asked for this one's files.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            patch.delitem(sys.modules, name)
         yield
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
 
 
 def plainly(theirs: Any, ids: list[int], bos: int, scored: int) -> tuple[float, bool]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rpc_helpers import Process, device, ending, free_port, reachable, server, tracker, wait_until
+from rpc_helpers import Process, device, ending, free_port, listens, reachable, server, tracker, wait_until
 
 from cost_models.measured import make_sample
 from cost_models.program import build_program
@@ -132,6 +132,7 @@ def test_the_parent_never_imports_tvm_for_it() -> None:
 def test_threads_keep_to_the_processors_they_are_given(serving: Process) -> None:
     """Asked of the device over RPC; seen in its session's process."""
     chosen = max(os.sched_getaffinity(0))
+    wait_until(lambda: listens(serving.port))
     worker = Worker({"TVM_USE_RUNTIME_LIB": "1"}, without=("torch",))
     worker.call("targets.tvm_rpc:connect", "127.0.0.1", serving.port, "", 60.0, 2, (chosen,), timeout_s=60)
     (session,) = serving.sessions()
