@@ -252,4 +252,4 @@ def test_weights_that_round_to_no_number_fail_with_a_reason(tmp_path: Path, corp
     monkeypatch.setattr("nas.rounding.evaluate", lambda *_: (float("nan"), float("nan")))
     _, outcome = run_search(tmp_path / "run", corpus, trials=1, given=settings(weights=("fp16",)))
     (only,) = outcome.evaluations
-    assert (only.state, only.reason) == ("failed", "with fp16 weights its bits per byte are not a number")
+    assert (only.state, only.reason) == ("failed", "with fp16 weights its score is not a number")
