@@ -24,8 +24,10 @@ from fidelity_train import ABLATED_BYTES, BANDS
 from scipy import stats
 
 from nas.evaluation import write_whole
-from nas.front import hypervolume
+from nas.front import hypervolume, pareto_front
+from nas.noise import pooled
 from nas.rungs import CONFIDENCE, MARGIN, RungPoint, replay
+from nas.training_step import COOLDOWN_SHARE, cooldown_steps
 
 KB = 1024
 BOOTSTRAPS = 2000
@@ -86,7 +88,7 @@ def read(folder: Path) -> Table:
 def _alone_s(row: dict[str, Any]) -> list[float]:
     """Seconds of training to each rung alone: its steps, at what a step of this training took, and one scoring."""
     steps = [rung["steps"] for rung in row["rungs"]]
-    falls = [max(1, round(0.3 * n)) for n in steps]
+    falls = [cooldown_steps(n) for n in steps]
     taken = steps[-1] + sum(falls[:-1])
     scoring = min(rung["eval_s"] for rung in row["rungs"])
     step_s = max(1e-9, row["cpu_s"] - scoring * len(steps)) / taken
@@ -99,12 +101,6 @@ def _alone_s(row: dict[str, Any]) -> list[float]:
 def tau(x: Values, y: Values) -> float:
     """Kendall's tau-b."""
     return float(stats.kendalltau(x, y).statistic)
-
-
-def within(x: Values, y: Values, bands: Sequence[Sequence[int]]) -> float:
-    """(concordant - discordant) / all, over pairs of architectures in the same band."""
-    found = [np.sign(x[i] - x[j]) * np.sign(y[i] - y[j]) for band in bands for i, j in itertools.combinations(band, 2)]
-    return float(np.mean(found)) if found else math.nan
 
 
 def bands_of(params: Values) -> list[list[int]]:
@@ -152,7 +148,7 @@ def ranks(table: Table) -> list[dict[str, Any]]:
                 "within_bands": ours(range(n)),
                 "within_interval": interval(n, ours),
                 "within_above_parameters": interval(n, lambda c, ours=ours: ours(c) - by_size(c)),
-                "bands": [within(x, top, [band]) for band in bands_of(table.params)],
+                "bands": [ours(band) for band in bands_of(table.params)],
                 "seconds": float(table.cpu_s[:, table.rungs.index(int(name.split()[0]) * KB)].sum()) if name.endswith("KB") else 0.0,
             }
         )
@@ -261,20 +257,13 @@ def tricks(folder: Path, table: Table) -> list[dict[str, Any]]:
 
 def noise(folder: Path) -> list[dict[str, Any]]:
     """Standard deviation between seeds at each rung, pooled over the architectures that were trained with several."""
-    groups: dict[tuple[int, int], list[float]] = {}
+    scores: dict[int, dict[int, list[float]]] = {}
     for path in sorted((folder / "protocol").glob("*.json")):
         row = json.loads(path.read_text())
         for rung in (r for r in row["rungs"] if r["val_bpb"] is not None):
-            groups.setdefault((rung["rung_bytes"], row["number"]), []).append(rung["val_bpb"])
-    found = []
-    for size in sorted({size for size, _ in groups}):
-        several = [scores for (s, _), scores in groups.items() if s == size and len(scores) > 1]
-        if several:
-            squares = sum(sum((x - statistics.fmean(scores)) ** 2 for x in scores) for scores in several)
-            found.append(
-                {"rung": f"{size // KB} KB", "models": len(several), "std_bpb": math.sqrt(squares / sum(len(s) - 1 for s in several))}
-            )
-    return found
+            scores.setdefault(rung["rung_bytes"], {}).setdefault(row["number"], []).append(rung["val_bpb"])
+    known = {size: found for size, of in sorted(scores.items()) if (found := pooled(of)) is not None}
+    return [{"rung": f"{size // KB} KB", "models": len(found.trials), "std_bpb": found.sigma} for size, found in known.items()]
 
 
 # --- rungs ------------------------------------------------------------------------------------
@@ -294,8 +283,7 @@ def rungs(table: Table, confidence: float, margin: float) -> dict[str, Any]:
         for k in range(len(table.numbers))
     ]
     step_s = table.cpu_s[:, -1] / table.rungs[-1]
-    trunk = [0.7 * s for s in sizes]
-    to_rung = [sum(0.3 * s for s in sizes[: r + 1]) + trunk[r] for r in range(len(sizes))]
+    to_rung = [COOLDOWN_SHARE * sum(sizes[: r + 1]) + (1 - COOLDOWN_SHARE) * size for r, size in enumerate(sizes)]
     ends = (max(table.bpb[:, -1]) + 1e-9, math.log(max(seconds)) + 1e-9)
 
     def volume(kept: Sequence[int]) -> float:
@@ -304,7 +292,7 @@ def rungs(table: Table, confidence: float, margin: float) -> dict[str, Any]:
     whole = volume(range(len(points)))
     everyone_s = float((step_s * sizes[-1]).sum())
     shares, volumes, lost = [], [], []
-    front = _front(table.bpb[:, -1], seconds)
+    front = set(pareto_front([(float(b), float(t)) for b, t in zip(table.bpb[:, -1], seconds, strict=True)]))
     for seed in range(ORDERS):
         order = np.random.default_rng(seed).permutation(len(points)).tolist()
         ended = replay([points[k] for k in order], sizes, confidence=confidence, margin=margin)
@@ -320,14 +308,6 @@ def rungs(table: Table, confidence: float, margin: float) -> dict[str, Any]:
         "front": len(front),
         "front_lost_mean": statistics.fmean(lost),
         "time": "measured" if table.seconds is not None else "FLOPs",
-    }
-
-
-def _front(bpb: Values, seconds: Values) -> set[int]:
-    return {
-        i
-        for i in range(len(bpb))
-        if not any(bpb[j] <= bpb[i] and seconds[j] <= seconds[i] and (bpb[j], seconds[j]) != (bpb[i], seconds[i]) for j in range(len(bpb)))
     }
 
 

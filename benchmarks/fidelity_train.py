@@ -26,7 +26,7 @@ from nas.passages import PASSAGE_BYTES
 from nas.tokenizer import train_tokenizer
 from nas.training import Budget, ShortTraining, evaluate
 from search_spaces.config import SLMConfig
-from search_spaces.counting import count, params_by_component, prefill_flops
+from search_spaces.counting import count, prefill_flops
 from search_spaces.space import Space, load_space
 from search_spaces.twin import body_params, twin
 from search_spaces.workload import assumed_bytes_per_token
@@ -91,13 +91,12 @@ def training_flops_per_byte(config: SLMConfig) -> float:
 def facts(architecture: Architecture, config: SLMConfig) -> dict[str, Any]:
     """What is known without training: the baselines."""
     counts = count(config)
-    embedding = sum(v for k, v in params_by_component(config).items() if k in ("embedding", "embed", "head", "positions"))
     return {
         "number": architecture.number,
         "params_drawn": dict(architecture.params_drawn),
         "config": config.to_dict(),
         "params": counts.params,
-        "non_embedding_params": counts.params - embedding,
+        "non_embedding_params": body_params(config),
         "flops_per_token": counts.flops_per_token,
         "training_flops_per_byte": training_flops_per_byte(config),
     }

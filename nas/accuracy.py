@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nas.corpus import VALIDATION_CAP_BYTES, expanded
+from nas.corpus import VALIDATION_CAP_BYTES, expanded, words_of
 from nas.tasks import TaskSet, load_tasks
 
 if TYPE_CHECKING:
@@ -51,9 +51,10 @@ class Accuracy:
 
     def doubts(self, corpus: "Corpus") -> list[str]:
         """What a user should know before searching by it, a line each: text that is trained on as well, text that is much."""
-        trained = {" ".join(document.split()) for document in corpus.train}
-        found = []
-        copies = sum(" ".join(document.split()) in trained for document in self.tasks.documents)
+        if not self.tasks.documents:
+            return []
+        trained, found = {words_of(document) for document in corpus.train}, []
+        copies = sum(words_of(document) in trained for document in self.tasks.documents)
         if copies:
             found.append(f"{copies:,} documents of --accuracy {self.path} are trained on, too; give it as --held-out as well")
         size = sum(len(document.encode()) for document in self.tasks.documents)

@@ -157,7 +157,7 @@ def _prepare(trial: Trial, before: Sequence[Evaluation], under_way: Sequence[Eva
     bench, evaluation = trial.bench, trial.evaluation
     if evaluation.estimate is not None:
         return True
-    from nas.tokenizer import MIN_VOCAB_SIZE, train_tokenizer
+    from nas.tokenizer import MIN_VOCAB_SIZE
 
     vocab = bench.space.requested_vocab(evaluation.params_drawn)
     with trial.step("count"):
@@ -175,7 +175,7 @@ def _prepare(trial: Trial, before: Sequence[Evaluation], under_way: Sequence[Eva
         return False
 
     with trial.step("tokenizer", f"vocabulary {vocab}"):
-        tokenizer = train_tokenizer(bench.corpus, vocab, bench.run.tokenizer_path(vocab))
+        tokenizer = bench.tokenizer(evaluation.params_drawn)
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
         tokens = bench.settings.workload.tokens(tokenizer.bytes_per_token)
         counted = with_counts(evaluation, config, tokens).evolve(bytes_per_token=tokenizer.bytes_per_token)

@@ -72,6 +72,7 @@ def eval_command(
     if limit is not None:
         tasks = [asked.first(limit) for asked in tasks]
     chosen = _chosen(model, trial, weights, window)
+    from nas.describe import printable
     from nas.likelihood import score_items, score_tasks, summary
     from nas.training import using_threads
 
@@ -85,7 +86,7 @@ def eval_command(
     for score in scores:
         if score.shortened:
             longer = f"{score.shortened} of {score.n} items are longer than {chosen.window} tokens"
-            say(f"{_printable(score.name)}: {longer}; their beginnings were cut")
+            say(f"{printable(score.name)}: {longer}; their beginnings were cut")
     if as_json:
         records = [{"file": file, **score.to_dict()} for file, score in zip(files, scores, strict=True)]
         if with_items:
@@ -236,11 +237,13 @@ def _table(scores: "Sequence[TaskScore]") -> "Table":
     from rich.table import Table
     from rich.text import Text
 
+    from nas.describe import printable
+
     names = ["file", "kind", "n", "accuracy", "95 %", "per byte", "95 %", "chance", "loss", "", "perplexity"]
     rows = []
     for score in scores:
-        rows.append([_printable(score.name), *_cells(score)])
-        rows += [[f"  {_printable(label)}", *_cells(group)] for label, group in score.groups.items()]
+        rows.append([printable(score.name), *_cells(score)])
+        rows += [[f"  {printable(label)}", *_cells(group)] for label, group in score.groups.items()]
     table = Table(box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     keep = [i for i in range(len(names)) if any(row[i] for row in rows)]
     for i in keep:
@@ -249,11 +252,6 @@ def _table(scores: "Sequence[TaskScore]") -> "Table":
         # `Text`, not `str`: a string would be read as markup.
         table.add_row(*(Text(row[i]) for i in keep))
     return table
-
-
-def _printable(label: str) -> str:
-    """A label on one line, without what a terminal would act on."""
-    return "".join(c if c.isprintable() else " " for c in label)
 
 
 def _cells(score: "TaskScore") -> list[str]:

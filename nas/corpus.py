@@ -174,8 +174,8 @@ def _split(text: Text, source: str) -> Corpus:
 def _apart(text: Text, source: str, scored: Text, held_out: str, note: Callable[[str], None]) -> Corpus:
     """The documents of `scored` held out, and their copies taken from those of `text`."""
     documents = _with_text(text, source)
-    validation = {_words(d): d for d in _with_text(scored, held_out)}
-    train = tuple(d for d in documents if _words(d) not in validation)
+    validation = {words_of(d): d for d in _with_text(scored, held_out)}
+    train = tuple(d for d in documents if words_of(d) not in validation)
     if len(train) < len(documents):
         count = len(documents) - len(train)
         note(f"{count:,} of the {len(documents):,} documents of {source} are held out in {held_out} too, and are not trained on")
@@ -196,7 +196,7 @@ def _apart(text: Text, source: str, scored: Text, held_out: str, note: Callable[
     return _enough(corpus, source)
 
 
-def _words(document: str) -> bytes:
+def words_of(document: str) -> bytes:
     """What is the same of copies, whatever their line ends, indents and blank lines."""
     return hashlib.sha256(" ".join(document.split()).encode()).digest()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.corpus import STREAMED, Text, encodable, expanded, read_documents
+from nas.describe import printable
 from nas.errors import InvalidCorpus
 from targets.files import whole
 
@@ -56,7 +57,7 @@ class DatasetName:
         """The error that says how the word was read, and what is wrong with it."""
         kind = "folder" if self.is_folder else "dataset"
         config = f", configuration {self.config!r}" if self.config is not None else ""
-        what = "".join(c if c.isprintable() else " " for c in what)  # names of a stranger's may be in it
+        what = printable(what)  # names of a stranger's may be in it
         return InvalidCorpus(f"corpus {self.source!r} ({kind} {self.name!r}{config}, split {self.split!r}, column {self.column!r}) {what}")
 
 

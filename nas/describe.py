@@ -284,6 +284,11 @@ def _prefixed(value: float) -> str:
     raise AssertionError("the last prefix takes any value")
 
 
+def printable(text: str) -> str:
+    """A stranger's text on one line, without what a terminal would act on."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 # --- grammar ------------------------------------------------------------------------------
 
 

@@ -99,6 +99,15 @@ def on_each(evaluations: Sequence[Evaluation], devices: Sequence[str]) -> dict[s
     return {device: [e.on(None if i == 0 else device) for e in evaluations] for i, device in enumerate(devices)}
 
 
+def on_fronts(run: Run, done: Sequence[Evaluation], speed: Speed) -> list[Evaluation]:
+    """The trials on the front of any device, or on the joint one: those whose weights are kept."""
+    fronts = [front_of(done, speed)]
+    if len(run.devices) > 1:
+        fronts += [front_of(seen, speed) for seen in on_each(done, run.devices).values()]
+    kept = {e.trial for front in fronts for e in front}
+    return [e for e in done if e.trial in kept]
+
+
 def choose(front: Sequence[Evaluation], speed: Speed = "decode") -> Evaluation | None:
     """The model to take by default: the knee of the front; None if it is empty.
 

@@ -117,16 +117,6 @@ class TaskScore:
         """What `loss` counts."""
         return LOSS_UNITS[self.kind]
 
-    @property
-    def accuracy_stderr(self) -> float | None:
-        """Standard error of the accuracy; None without one, or of one item."""
-        return binomial_stderr(self.accuracy, self.n)
-
-    @property
-    def accuracy_per_byte_stderr(self) -> float | None:
-        """Standard error of the accuracy per byte."""
-        return binomial_stderr(self.accuracy_per_byte, self.n)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, every field and what follows from them; numbers that are not finite are None."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "groups"}

@@ -135,14 +135,23 @@ def make_repeats(bench: "Bench", repeats: int | None) -> None:
             _repeat(bench, evaluation.evolve(stage_s={}), seed)
 
 
+def check_repeats(repeats: int | None) -> None:
+    """Refuses a number of repeats that cannot be.
+
+    Raises:
+        UserError: if it is below 0.
+    """
+    if repeats is not None and repeats < 0:
+        raise UserError(f"repeats={repeats} is below 0; give 0 for none, or how often to train again")
+
+
 def to_repeat(evaluations: Sequence[Evaluation], speed: Speed, repeats: int | None) -> list[Evaluation]:
     """The models that are trained again: the default choice, and the end of the front that is further from it in size.
 
     Raises:
         UserError: if `repeats` is below 0.
     """
-    if repeats is not None and repeats < 0:
-        raise UserError(f"repeats={repeats} is below 0; give 0 for none, or how often to train again")
+    check_repeats(repeats)
     trained = [e for e in evaluations if e.is_ranked(speed) and e.duplicate_of is None]
     front = front_of(evaluations, speed)
     chosen = choose(front, speed)
@@ -199,13 +208,11 @@ def _trained_again(bench: "Bench", evaluation: Evaluation, seed: int) -> dict[st
     from nas import training
     from nas.describe import describe_trial
     from nas.rounding import rounded_score
-    from nas.tokenizer import train_tokenizer
     from search_spaces.twin import trained_config
 
     assert evaluation.config is not None
     assert evaluation.score is not None
-    vocab = bench.space.requested_vocab(evaluation.params_drawn)
-    tokenizer = train_tokenizer(bench.corpus, vocab, bench.run.tokenizer_path(vocab))
+    tokenizer = bench.tokenizer(evaluation.params_drawn)
     model, score = training.train(
         trained_config(bench.space, evaluation.config),
         bench.corpus,
@@ -215,8 +222,7 @@ def _trained_again(bench: "Bench", evaluation: Evaluation, seed: int) -> dict[st
         threads=evaluation.score["threads"],
         progress=lambda fraction: bench.view.stage(evaluation.trial, "repeat", describe_trial(evaluation), fraction),
     )
-    # Wall-clock figures would make equal runs differ: they are in the log.
-    record = {k: v for k, v in score.to_dict().items() if k not in ("train_s", "eval_s")}
+    record = score.to_record()
     if score.diverged:
         return record
     return rounded_score(model, evaluation.weights, tokenizer, bench.corpus, record, bench.settings.accuracy)

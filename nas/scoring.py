@@ -81,7 +81,7 @@ def log_likelihoods(
     model.eval()
     done = 0
     while done < len(pieces):
-        batch = _batch(pieces[done:], model.config.vocab_size)
+        batch = _batch(pieces, done, model.config.vocab_size)
         inputs, targets = _padded(rows, batch, end_of_text)
         counted = targets != IGNORED
         x_BSD = model.body(torch.from_numpy(inputs).to(device))
@@ -100,15 +100,16 @@ def log_likelihoods(
     return nats, greedy
 
 
-def _batch(pieces: Sequence[_Window], vocab_size: int) -> Sequence[_Window]:
-    """The first of these windows that fit into a batch, longest first; at least one."""
-    longest, scored, count = pieces[0].end - pieces[0].begin, 0, 0
-    for piece in pieces:
+def _batch(pieces: Sequence[_Window], start: int, vocab_size: int) -> Sequence[_Window]:
+    """The windows from `start` on that fit into a batch, longest first; at least one."""
+    longest, scored, count = pieces[start].end - pieces[start].begin, 0, 0
+    for place in range(start, len(pieces)):
+        piece = pieces[place]
         scored += piece.end - piece.first
         if count and (scored * vocab_size > _MOST_LOGITS or (count + 1) * longest > _MOST_TOKENS):
             break
         count += 1
-    return pieces[:count]
+    return pieces[start : start + count]
 
 
 def _padded(rows: Sequence[Row], batch: Sequence[_Window], end_of_text: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

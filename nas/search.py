@@ -26,13 +26,13 @@ from nas.candidates import Candidate
 from nas.corpus import Corpus
 from nas.errors import InvalidRun, UserError
 from nas.evaluation import Evaluation, Speed, write_whole
-from nas.front import choose, front_json, front_of, speed_of
+from nas.front import choose, front_json, front_of, on_fronts, speed_of
 from nas.limits import violation
 from nas.measuring import servers
-from nas.noise import make_repeats, noise_of, set_damaged_repeats_aside
+from nas.noise import check_repeats, make_repeats, noise_of, set_damaged_repeats_aside
 from nas.run import FORMAT, Run, changed_versions, utc_now, versions
 from nas.settings import Bench, Settings, View
-from nas.trained import forget_training, on_fronts, restore
+from nas.trained import forget_training, restore
 from search_spaces.space import Space
 from targets.quiet import working, yield_to_measuring
 from targets.spec import DeviceSpec
@@ -144,8 +144,7 @@ def search(
         raise UserError(f"trials={trials} is below 1; give a positive number")
     if timeout_s is not None and not timeout_s > 0:
         raise UserError(f"timeout={timeout_s} is not above 0; give a positive number of seconds")
-    if repeats is not None and repeats < 0:
-        raise UserError(f"repeats={repeats} is below 0; give 0 for none, or how often to train again")
+    check_repeats(repeats)
     make_sampler(settings.sampler, 0)
     file_names(references)
     bench = Bench(

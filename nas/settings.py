@@ -1,7 +1,7 @@
 """What a search is told, and everything a candidate is tried with."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +19,7 @@ from targets.measurement import Timing
 from targets.target import Target
 
 if TYPE_CHECKING:
+    from nas.tokenizer import Tokenizer
     from nas.training import Budget
 
 MOST_AHEAD = 64
@@ -145,6 +146,13 @@ class Bench:
     settings: Settings
     cost_model: CostModel
     view: View
+
+    def tokenizer(self, params_drawn: Mapping[str, Any]) -> "Tokenizer":
+        """The tokenizer of a trial with these parameters: read from the run folder, or made."""
+        from nas.tokenizer import train_tokenizer
+
+        vocab = self.space.requested_vocab(params_drawn)
+        return train_tokenizer(self.corpus, vocab, self.run.tokenizer_path(vocab))
 
     def devices(self) -> list[tuple[str | None, Target]]:
         """The targets, each with the name that `Evaluation.on` and `Evaluation.put` take: None for the first."""

@@ -4,6 +4,7 @@ In a space with twins (`search_spaces.twin`) what is trained, scored and kept is
 `twin`, and its parameters, as `twin_params`, and its weights are those of no candidate.
 """
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from nas.describe import describe_config, format_count
 from nas.errors import InvalidRun
-from nas.evaluation import Evaluation, Speed
-from nas.front import front_of, on_each
+from nas.evaluation import Evaluation
+from nas.front import on_fronts
 from nas.limits import settled
 from nas.run import Run
 from nas.settings import Bench
@@ -44,6 +45,10 @@ class Training:
         self._trial, self._before = trial, before
         self._config = trained_config(trial.bench.space, trial.config)
         self._short: ShortTraining | None = None
+
+    @functools.cached_property
+    def _tokenizer(self) -> "Tokenizer":
+        return self._trial.bench.tokenizer(self._trial.evaluation.params_drawn)
 
     def go_on(self) -> None:
         """Trains to the rung after the last one in the record, and scores there; to the top at once, where that is taken over.
@@ -109,11 +114,11 @@ class Training:
         trial, bench, config = self._trial, self._trial.bench, self._config
         threads = 1 if params(config) < ONE_THREAD_BELOW else None
         if self._short is None:
-            asked = (config, bench.corpus, _tokenizer(trial), bench.settings.budget(), bench.settings.seed)
+            asked = (config, bench.corpus, self._tokenizer, bench.settings.budget(), bench.settings.seed)
             self._short = ShortTraining(*asked, threads=threads)
             if trial.evaluation.rungs:  # what else lies there is of a record that was lost, and may be further
                 self._short.resume(bench.run.training_path(trial.number))
-        words, budget, tokenizer = describe_config(config), bench.settings.budget(), _tokenizer(trial)
+        words, budget, tokenizer = describe_config(config), bench.settings.budget(), self._tokenizer
         tokens = budget.passage_bytes / tokenizer.bytes_per_token
         pace = pace_of(config, budget.window_tokens(config, tokenizer), tokens, self._short.trunk, threads)
 
@@ -123,15 +128,14 @@ class Training:
 
         model, score = self._short.to(train_bytes, tell)
         facts |= pace.facts()
-        # Wall-clock figures would make equal runs differ: they are in the log.
-        return model, {k: v for k, v in score.to_dict().items() if k not in ("train_s", "eval_s")}
+        return model, score.to_record()
 
     def _rounded(self, model: "SLM", score: dict[str, Any]) -> dict[str, Any]:
         """The score in the trial's precision, and on the file that the search goes by."""
         from nas.rounding import rounded_score
 
         bench = self._trial.bench
-        return rounded_score(model, self._trial.weights, _tokenizer(self._trial), bench.corpus, score, bench.settings.accuracy)
+        return rounded_score(model, self._trial.weights, self._tokenizer, bench.corpus, score, bench.settings.accuracy)
 
     def _twin(self) -> dict[str, Any]:
         config = self._config
@@ -155,7 +159,7 @@ def restore(bench: Bench, evaluation: Evaluation) -> None:
 
     trial = Trial(bench, evaluation)
     path = bench.run.weights_path(trial.number)
-    if _tokenizer(trial).vocab_size != trial.config.vocab_size:
+    if bench.tokenizer(evaluation.params_drawn).vocab_size != trial.config.vocab_size:
         bench.view.note(f"the tokenizer of trial {trial.number} cannot be made again: another version makes another one")
         return
     try:
@@ -167,22 +171,6 @@ def restore(bench: Bench, evaluation: Evaluation) -> None:
         return
     Training(trial, ()).to_top()
     trial.save(lambda e: settled(bench, e))
-
-
-def on_fronts(run: Run, done: Sequence[Evaluation], speed: Speed) -> list[Evaluation]:
-    """The trials on the front of any device, or on the joint one: those whose weights are kept."""
-    fronts = [front_of(done, speed)]
-    if len(run.devices) > 1:
-        fronts += [front_of(seen, speed) for seen in on_each(done, run.devices).values()]
-    kept = {e.trial for front in fronts for e in front}
-    return [e for e in done if e.trial in kept]
-
-
-def _tokenizer(trial: Trial) -> "Tokenizer":
-    from nas.tokenizer import train_tokenizer
-
-    vocab = trial.bench.space.requested_vocab(trial.evaluation.params_drawn)
-    return train_tokenizer(trial.bench.corpus, vocab, trial.bench.run.tokenizer_path(vocab))
 
 
 def _save_weights(trial: Trial, model: "SLM", score: Mapping[str, Any]) -> None:

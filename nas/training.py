@@ -103,6 +103,10 @@ class ProxyScore:
         """Plain JSON values, every field."""
         return dataclasses.asdict(self)
 
+    def to_record(self) -> dict[str, Any]:
+        """The same without wall-clock figures, which would make equal runs differ: they are in the log."""
+        return {name: value for name, value in self.to_dict().items() if name not in ("train_s", "eval_s")}
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ProxyScore":
         """The inverse of `to_dict`.
