@@ -15,14 +15,16 @@ from targets.layout import K_GROUP, WORD_VALUES
 from targets.schedules.blocks import inline_all, output_block
 from targets.schedules.weights import WeightSpec
 
-PARALLEL_BYTES = 3 << 16
-"""Weights below this are read by one thread, in about the time that it takes to wake another."""
+PARALLEL_BYTES = 1 << 16
+"""Weights below this are read by one thread, in about the time that it takes to wake another (2 us, two cores at 14 GB/s each)."""
 _LANES = {"vnni": (4, 8, 16), "sdot": (4,)}
 """Words in a vector of each kind of instruction."""
 _PARTS = 3
 """Bytes of a rounded value, the lowest first."""
 _LARGEST = 127 * 65536
 """The largest rounded value; its high byte is at most 127."""
+_VALUES = 3
+"""The weight's place among what the block reads."""
 _INTS = K_GROUP // 4
 """Words of four bytes in a group of the row."""
 
@@ -142,7 +144,7 @@ def schedule_dot_product(sch: Any, cpu: Cpu) -> None:
     """Tiles in parallel, each with its epilogue; the row is rounded once before."""
     product, rounded = sch.get_sblock("dot_product"), sch.get_sblock("rounded")
     out = output_block(sch)
-    words, tile = (int(extent.extent) for extent in sch.get(product).reads[4].region[1:])
+    words, tile = (int(extent.extent) for extent in sch.get(product).reads[_VALUES].region[1:])
     tiles = int(sch.get(sch.get_loops(product)[0]).extent)
     share = sch.parallel if 4 * words * tile * tiles >= PARALLEL_BYTES else lambda loop: None
     if sch.get(out).same_as(sch.get(product)):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tvm
 from kernel_helpers import build, call, prim_func
 from numpy.typing import NDArray
 from tvm import te, topi
@@ -17,7 +18,8 @@ from search_spaces.quantisation import bits, dequantise, quantise
 from targets.cpu import Cpu, Tuning
 from targets.layout import Layout, packed_shape
 from targets.schedules import legalize
-from targets.schedules.dot import can_dot, dot_product
+from targets.schedules.dot import PARALLEL_BYTES, can_dot, dot_product
+from targets.schedules.rules import schedule_module
 from targets.schedules.weights import WeightSpec, packed_gather, packed_product
 from targets.tvm_import import _product
 from targets.tvm_probe import detect
@@ -199,6 +201,17 @@ def test_byte_dot_products_are_as_near_as_float_ones(precision: Precision) -> No
             assert relative_error(got[..., :n], expected) < 2e-6, name
         else:
             assert not got.any()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_byte_dot_products_are_shared_among_cores_by_the_bytes_of_their_weight(precision: Precision) -> None:
+    cpu = Cpu(vector_bytes=64, registers=32, cores=2, dot="vnni")
+    tile, columns = cpu.tile_columns, 1024
+    least = -(-8 * PARALLEL_BYTES // (bits(precision) * columns * tile)) * tile
+    for rows, shared in ((least, True), (least - tile, False)):
+        spec, *_ = quantised(rows, columns, precision, cpu)
+        module = schedule_module(tvm.IRModule({"main": dot_product(spec, cpu)}), cpu)
+        assert ("T.parallel" in module["main"].script()) is shared, rows
 
 
 # --- products of activations -----------------------------------------------------------------
