@@ -4,7 +4,7 @@
 
 One file per training (OUT/CORPUS/VARIANT/NNN-SEED.json), written whole; what is there is not done again, so that a study can be
 ended at any moment and gone on with, by several processes at once (--worker K/N). Seconds are those of the process (CPU time of
-one thread), as the machine may have other work.
+one thread), as the machine may have other work; while something of ours is measured, training rests.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from search_spaces.counting import count, prefill_flops
 from search_spaces.space import Space, load_space
 from search_spaces.twin import body_params, twin
 from search_spaces.workload import assumed_bytes_per_token
+from targets.quiet import working
 
 KB = 1024
 BANDS = (150_000, 300_000, 550_000, 900_000, 1_400_000)
@@ -164,7 +165,8 @@ def main() -> None:
         path = folder / f"{architecture.number:03d}-{seed}.json"
         if path.exists():
             continue
-        values = train_one(architecture, space, corpus, options.out, options.variant, seed, rungs)
+        with working():
+            values = train_one(architecture, space, corpus, options.out, options.variant, seed, rungs)
         write_whole(path, json.dumps(values, indent=1) + "\n")
         scores = " ".join(f"{row['val_bpb'] or float('nan'):.4f}" for row in values["rungs"])
         print(f"{path} params={values['params']} cpu_s={values['cpu_s']:.1f} bpb={scores}", flush=True)

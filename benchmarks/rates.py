@@ -25,6 +25,7 @@ from nas.training import MATRIX_RATE, Budget, train
 from search_spaces.config import SLMConfig
 from search_spaces.counting import params
 from search_spaces.model import SLM
+from targets.quiet import working
 
 KB = 1024
 MULTIPLES = {"rate": (0.25, 0.5, 1.0, 2.0, 4.0), "init": (0.5, 1.0, 2.0), "decay": (0.0, 1.0, 4.0)}
@@ -109,7 +110,8 @@ def train_one(path: Path, out: Path, corpus_name: str, train_bytes: int, what: s
     tokenizer = train_tokenizer(corpus, values["vocab_size"], out / "tokenizers" / corpus.name / f"{values['vocab_size']}.json")
     config = SLMConfig.from_dict({**values, "vocab_size": tokenizer.vocab_size})
     budget = Budget(train_bytes=train_bytes, learning_rate=(multiple if what == "rate" else 1.0) * MATRIX_RATE)
-    _, score = train(config, corpus, tokenizer, budget, seed=0, device="cpu", threads=1)
+    with working():
+        _, score = train(config, corpus, tokenizer, budget, seed=0, device="cpu", threads=1)
     write_whole(path, json.dumps({"model": name, "multiple": multiple, "params": params(config), "score": score.to_dict()}) + "\n")
     print(what, name, multiple, score.val_bpb, flush=True)
 

@@ -279,6 +279,11 @@ def _file_name(wanted: DatasetName, most_bytes: int) -> str:
     return f"{re.sub(r'[^A-Za-z0-9.-]+', '-', wanted.title).strip('.-')[:100]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.parquet"
 
 
+def kept_files(cache: Path) -> list[Path]:
+    """The files in which text from the Hub is kept, in a cache folder."""
+    return sorted((cache / _FOLDER).glob("*.parquet"))
+
+
 def _keep(path: Path, text: Text, is_cut: bool) -> None:
     """Writes text as a Parquet file, which is a corpus itself."""
     import pyarrow as pa

@@ -65,6 +65,18 @@ def test_clear_removes_what_was_compiled_and_says_how_much(folder: Path, capsys:
     assert (folder / "ceilings.json").exists()
 
 
+def test_text_of_datasets_is_shown_and_removed_only_when_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = folder / "text" / "stories-0123456789abcdef.parquet"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"x" * 2000)
+    assert said(capsys, "info").splitlines() == [f"{folder}: nothing is compiled yet", "  text of 1 dataset, 2.00 kB"]
+    assert json.loads(said(capsys, "info", "--json"))["texts"] == [{"file": str(kept), "bytes": 2000}]
+    said(capsys, "clear")
+    assert kept.exists()
+    assert said(capsys, "clear", "--text").splitlines()[1:] == [f"{folder}: removed the text of 1 dataset, 2.00 kB"]
+    assert not kept.exists()
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
