@@ -37,7 +37,12 @@ def causal_attention(q_BHSd: Tensor, k_BKSd: Tensor, v_BKSv: Tensor) -> Tensor:
     """
     B, H, S, _ = q_BHSd.shape
     if B * H * S * S > _MOST_SCORES:
-        return attend(q_BHSd, k_BKSd, v_BKSv)
+        if B == 1 or torch.is_grad_enabled():
+            return attend(q_BHSd, k_BKSd, v_BKSv)
+        # Nothing is kept, so a few rows of the batch at a time.
+        some = max(1, _MOST_SCORES // (H * S * S))
+        parts = zip(*(torch.split(x, some) for x in (q_BHSd, k_BKSd, v_BKSv)), strict=True)
+        return torch.cat([causal_attention(*part) for part in parts])
     groups = H // k_BKSd.shape[1]
     if groups > 1:
         k_BKSd, v_BKSv = k_BKSd.repeat_interleave(groups, dim=1), v_BKSv.repeat_interleave(groups, dim=1)
@@ -145,7 +150,7 @@ def _exchanged(x_BSHd: Tensor) -> Tensor:
 
 
 def training_kernels() -> Kernels:
-    """What a training on a CPU makes the body of its model with."""
+    """What training and scoring on a CPU make the body of a model with."""
     return Kernels(attend=causal_attention, rotate=Rotation())
 
 

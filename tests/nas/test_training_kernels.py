@@ -47,6 +47,14 @@ def test_large_scores_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "CausalAttention" not in type(causal_attention(*given).grad_fn).__name__
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, 3])
+def test_a_large_batch_without_gradients_is_taken_in_parts(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    given = inputs(5, 4, 2, 20, 6, 3)
+    monkeypatch.setattr(training_kernels, "_MOST_SCORES", rows * 4 * 20 * 20)
+    with torch.inference_mode():
+        torch.testing.assert_close(causal_attention(*given), attend(*given), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("width", [8, 10])  # the second with two dims that are not turned
 def test_rotation_is_the_same_to_the_bit_forth_and_back(width: int) -> None:
     generator = torch.Generator().manual_seed(0)
