@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from tvm import te, topi
+from tvm import te, tirx, topi
 
 
 def legalization() -> dict[str, Callable[[Any, Any], Any]]:
@@ -30,7 +30,12 @@ def silu(x: te.Tensor) -> te.Tensor:
 def gelu(x: te.Tensor) -> te.Tensor:
     """x/2 (1 + erf(x / sqrt 2)), erf by rational approximation."""
     erf = topi.fast_erf(te.compute(x.shape, lambda *i: x(*i) * math.sqrt(0.5), name="scaled"))
-    return te.compute(x.shape, lambda *i: x(*i) * (0.5 + 0.5 * erf(*i)), name="gelu")
+
+    def value(*i: Any) -> Any:
+        # The approximation may end a rounding above -1, which a large x would magnify; at -6 the value is -6e-9.
+        return tirx.Select(x(*i) < tirx.const(-6.0, x.dtype), tirx.const(0.0, x.dtype), x(*i) * (0.5 + 0.5 * erf(*i)))
+
+    return te.compute(x.shape, value, name="gelu")
 
 
 def gelu_tanh(x: te.Tensor) -> te.Tensor:

@@ -4,11 +4,15 @@ from typing import Any
 
 from targets.cpu import Cpu
 from targets.schedules.blocks import block_handles, inline_all, int_or_none, output_block
+from targets.schedules.prefetch import mark
 
 _FEW_TILES = 16
 """Column tiles a core has, from which on a last uneven one costs little."""
 PARALLEL_FLOPS = 1 << 17
 """Products below this many operations run on one thread: waking the others costs more."""
+
+PREFETCH_BYTES = 1 << 20
+"""Weights of float32 below this stay in the caches from one use to the next, and fetching them ahead is no gain."""
 
 
 def schedule_packed_product(sch: Any, cpu: Cpu) -> None:
@@ -54,7 +58,10 @@ def schedule_packed_product(sch: Any, cpu: Cpu) -> None:
     if 2 * rows * columns * depth >= PARALLEL_FLOPS:
         # Few tiles that do not share out evenly: rows are shared, too.
         uneven = tiles % cpu.cores and tiles < _FEW_TILES * cpu.cores
-        sch.parallel(sch.fuse(n_outer, m_outer) if uneven and unpacked is None and rows % tile_rows == 0 else n_outer)
+        shares_rows = uneven and unpacked is None and rows % tile_rows == 0
+        if rows > tile_rows and not shares_rows and unpacked is None and 4 * columns * depth >= PREFETCH_BYTES:
+            mark(sch, n_outer, m_outer, k_outer)
+        sch.parallel(sch.fuse(n_outer, m_outer) if shares_rows else n_outer)
     init = sch.decompose_reduction(product, k_outer)
     *_, init_row, init_vector, init_lane = sch.get_loops(init)
     sch.vectorize(init_lane)

@@ -8,6 +8,7 @@ from tvm import s_tir, tirx
 from targets.cpu import Cpu
 from targets.schedules.blocks import block_handles
 from targets.schedules.dot import schedule_dot_product
+from targets.schedules.prefetch import with_prefetches
 from targets.schedules.product import schedule_packed_product, schedule_product
 from targets.schedules.rowwise import schedule_rowwise
 
@@ -31,4 +32,5 @@ def _schedule(function: Any, cpu: Cpu) -> Any:
     if rule is schedule_packed_product:
         # With 64-bit loops TVM loses the mark that has a last, smaller row tile split off, and guards every one of them.
         module = tirx.transform.ForceNarrowIndexToInt32()(module)
+        return with_prefetches(module["main"]).with_attr("edgewise.scheduled", True)
     return module["main"].with_attr("edgewise.scheduled", True)

@@ -131,7 +131,11 @@ def exp2(x: Any, lanes: int) -> Any:
 
 
 def prefetch(buffer: Any, at: Any, width: int) -> None:
-    """Asks for `width` values from `at` on, into the second-level cache: the first has too few places for misses under way."""
+    """Asks for `width` values from `at` on; see `hint`."""
     for line in range(0, width, _LINE):
-        address = T.address_of(buffer[at + line])
-        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, T.int32(0), T.int32(_SECOND_LEVEL), T.int32(1)))
+        T.evaluate(hint(T.address_of(buffer[at + line])))
+
+
+def hint(address: Any) -> Any:
+    """A call that asks for a cache line, into the second-level cache: the first has too few places for misses under way."""
+    return T.call_llvm_intrin("void", "llvm.prefetch.p0", address, T.int32(0), T.int32(_SECOND_LEVEL), T.int32(1))

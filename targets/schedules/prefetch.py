@@ -1,0 +1,114 @@
+"""Asking for the next tile of a weight while the rows of this one are still computed.
+
+A product of some rows reads each tile of the weight from memory while it computes its first rows, and computes the others
+from what is then near. By itself, memory rests during those, and arithmetic waits during the first. Hints that fetch
+one tile ahead, a little with every step, let both go on all the time.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import tvm
+from tvm import sym, tirx
+from tvm.s_tir import SBlock, SBlockRealize
+
+from targets.schedules.vectors import hint
+
+_TILES, _ROWS, _DEPTH = "edgewise.tiles", "edgewise.rows", "edgewise.depth"
+_LINE_BYTES = 64
+"""Of a cache, on most processors; where lines are longer, some hints are for what is there already."""
+
+
+def mark(sch: Any, tiles: Any, rows: Any, depth: Any) -> None:
+    """Marks the loops of a packed product for `with_prefetches`: over the weight's tiles, over tiles of rows, the outer one over k."""
+    for loop, name in ((tiles, _TILES), (rows, _ROWS), (depth, _DEPTH)):
+        sch.annotate(loop, name, 1)
+
+
+def with_prefetches(function: Any) -> Any:
+    """The scheduled kernel with hints in its marked loops; without marks as it is."""
+    loops: dict[str, Any] = {}
+    body = _visit(function.body, loops)
+    return function.with_body(body) if loops else function
+
+
+def _visit(stmt: Any, loops: dict[str, Any]) -> Any:
+    if isinstance(stmt, SBlockRealize):
+        block = stmt.block
+        body = _visit(block.body, loops)
+        new = SBlock(
+            block.iter_vars,
+            block.reads,
+            block.writes,
+            block.name_hint,
+            body,
+            block.init,
+            block.alloc_buffers,
+            block.match_buffers,
+            block.annotations,
+        )
+        return stmt if body.same_as(block.body) else SBlockRealize(stmt.iter_values, stmt.predicate, new)
+    if isinstance(stmt, tirx.SeqStmt):
+        return tirx.SeqStmt([_visit(part, loops) for part in stmt.seq])
+    if not isinstance(stmt, tirx.For):
+        return stmt
+    marks = [name for name in (_TILES, _ROWS, _DEPTH) if name in stmt.annotations]
+    loops |= dict.fromkeys(marks, stmt)
+    body = tirx.SeqStmt([*_hints(stmt, loops), stmt.body]) if _DEPTH in marks else _visit(stmt.body, loops)
+    if body.same_as(stmt.body) and not marks:
+        return stmt
+    left = {name: value for name, value in stmt.annotations.items() if name not in marks}
+    if _ROWS in marks:
+        left["pragma_loop_partition_hint"] = 1
+    return tirx.For(stmt.loop_var, stmt.min, stmt.extent, stmt.kind, body, stmt.thread_binding, left)
+
+
+def _hints(depth: Any, loops: dict[str, Any]) -> list[Any]:
+    """What a step over k asks for: its share of the lines of the next tile, from the tile's first row tiles on."""
+    weight, first = _weight(depth)
+    tile, row, step = (loops[name].loop_var for name in (_TILES, _ROWS, _DEPTH))
+    tiles, rows, steps = (int(loops[name].extent) for name in (_TILES, _ROWS, _DEPTH))
+    _, columns, lanes = (int(size) for size in weight.ty.shape)
+    in_line = _LINE_BYTES * 8 // tvm.DataType(weight.ty.dtype).bits
+    each, needed = shares(columns * lanes // in_line, rows, steps)
+    at = (row * steps + step) * each
+    ahead = tirx.min(tile + 1, tiles - 1) + first
+    hints = [_prefetch(weight, ahead, (at + i) * in_line, lanes) for i in range(each)]
+    if needed >= rows:
+        return hints
+    # `likely` has the loop over row tiles split there: a branch in each step costs more than the hints gain.
+    return [tirx.IfThenElse(tirx.likely(row < needed), tirx.SeqStmt(hints) if each > 1 else hints[0], None)]
+
+
+def shares(lines: int, rows: int, steps: int) -> tuple[int, int]:
+    """How many lines each step of a row tile asks for, and how many of the row tiles must, for all lines to be asked for."""
+    each = -(-lines // (rows * steps))
+    return each, -(-lines // (steps * each))
+
+
+def _prefetch(weight: Any, tile: Any, offset: Any, lanes: int) -> Any:
+    return tirx.Evaluate(hint(weight.ptr_to([tile, tirx.floordiv(offset, lanes), tirx.floormod(offset, lanes)])))
+
+
+def _weight(stmt: Any) -> tuple[Any, Any]:
+    """The packed weight that the product inside reads, and which of its tiles is the product's first."""
+    (block,) = _blocks(stmt)
+    column = block.iter_vars[-2].var  # rows, columns, k
+    region = next(region for region in block.reads if _has(region.region[0].min, column) and _has(region.region[-1].min, column))
+    analyzer = sym.Analyzer()
+    analyzer.bind(column, tirx.const(0, column.ty.dtype))
+    return region.source, analyzer.simplify(region.region[0].min)
+
+
+def _has(index: Any, var: Any) -> bool:
+    return any(var.same_as(other) for other in tirx.analysis.undefined_vars(index))
+
+
+def _blocks(stmt: Any) -> Iterator[Any]:
+    if isinstance(stmt, SBlockRealize):
+        yield stmt.block
+    elif isinstance(stmt, tirx.SeqStmt):
+        for part in stmt.seq:
+            yield from _blocks(part)
+    elif isinstance(stmt, tirx.For):
+        yield from _blocks(stmt.body)
