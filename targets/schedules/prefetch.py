@@ -8,15 +8,12 @@ one tile ahead, a little with every step, let both go on all the time.
 from collections.abc import Iterator
 from typing import Any
 
-import tvm
 from tvm import sym, tirx
 from tvm.s_tir import SBlock, SBlockRealize
 
-from targets.schedules.vectors import hint
+from targets.schedules.vectors import LINE_VALUES, hint
 
 _TILES, _ROWS, _DEPTH = "edgewise.tiles", "edgewise.rows", "edgewise.depth"
-_LINE_BYTES = 64
-"""Of a cache, on most processors; where lines are longer, some hints are for what is there already."""
 
 
 def mark(sch: Any, tiles: Any, rows: Any, depth: Any) -> None:
@@ -36,20 +33,14 @@ def _visit(stmt: Any, loops: dict[str, Any]) -> Any:
     if isinstance(stmt, SBlockRealize):
         block = stmt.block
         body = _visit(block.body, loops)
-        new = SBlock(
-            block.iter_vars,
-            block.reads,
-            block.writes,
-            block.name_hint,
-            body,
-            block.init,
-            block.alloc_buffers,
-            block.match_buffers,
-            block.annotations,
-        )
-        return stmt if body.same_as(block.body) else SBlockRealize(stmt.iter_values, stmt.predicate, new)
+        if body.same_as(block.body):
+            return stmt
+        outside = (block.iter_vars, block.reads, block.writes, block.name_hint)
+        block = SBlock(*outside, body, block.init, block.alloc_buffers, block.match_buffers, block.annotations)
+        return SBlockRealize(stmt.iter_values, stmt.predicate, block)
     if isinstance(stmt, tirx.SeqStmt):
-        return tirx.SeqStmt([_visit(part, loops) for part in stmt.seq])
+        parts = [_visit(part, loops) for part in stmt.seq]
+        return stmt if all(a.same_as(b) for a, b in zip(parts, stmt.seq, strict=True)) else tirx.SeqStmt(parts)
     if not isinstance(stmt, tirx.For):
         return stmt
     marks = [name for name in (_TILES, _ROWS, _DEPTH) if name in stmt.annotations]
@@ -69,11 +60,10 @@ def _hints(depth: Any, loops: dict[str, Any]) -> list[Any]:
     tile, row, step = (loops[name].loop_var for name in (_TILES, _ROWS, _DEPTH))
     tiles, rows, steps = (int(loops[name].extent) for name in (_TILES, _ROWS, _DEPTH))
     _, columns, lanes = (int(size) for size in weight.ty.shape)
-    in_line = _LINE_BYTES * 8 // tvm.DataType(weight.ty.dtype).bits
-    each, needed = shares(columns * lanes // in_line, rows, steps)
+    each, needed = shares(columns * lanes // LINE_VALUES, rows, steps)
     at = (row * steps + step) * each
     ahead = tirx.min(tile + 1, tiles - 1) + first
-    hints = [_prefetch(weight, ahead, (at + i) * in_line, lanes) for i in range(each)]
+    hints = [_prefetch(weight, ahead, (at + i) * LINE_VALUES, lanes) for i in range(each)]
     if needed >= rows:
         return hints
     # `likely` has the loop over row tiles split there: a branch in each step costs more than the hints gain.

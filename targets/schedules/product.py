@@ -10,7 +10,6 @@ _FEW_TILES = 16
 """Column tiles a core has, from which on a last uneven one costs little."""
 PARALLEL_FLOPS = 1 << 17
 """Products below this many operations run on one thread: waking the others costs more."""
-
 PREFETCH_BYTES = 1 << 20
 """Weights of float32 below this stay in the caches from one use to the next, and fetching them ahead is no gain."""
 

@@ -32,5 +32,4 @@ def _schedule(function: Any, cpu: Cpu) -> Any:
     if rule is schedule_packed_product:
         # With 64-bit loops TVM loses the mark that has a last, smaller row tile split off, and guards every one of them.
         module = tirx.transform.ForceNarrowIndexToInt32()(module)
-        return with_prefetches(module["main"]).with_attr("edgewise.scheduled", True)
-    return module["main"].with_attr("edgewise.scheduled", True)
+    return with_prefetches(module["main"]).with_attr("edgewise.scheduled", True)

@@ -13,7 +13,8 @@ LOWEST = -3.0e38
 """Stands for minus infinity where a difference of two of them must not become NaN."""
 LOG2_E = math.log2(math.e)
 _OPAQUE = 8  # TVM's OpPatternKind
-_LINE = 16  # float32 values that a cache line holds
+LINE_VALUES = 16
+"""float32 values that a cache line holds on most processors; where it holds more, some hints are for what is there already."""
 _SECOND_LEVEL = 2  # how llvm.prefetch names it
 # 2^f on [-1/2, 1/2] with the smallest relative error for p(0) = 1 (9.1e-8 before rounding; iterated weighted least squares).
 _EXP2 = (1.0, 0.693146977598716, 0.2402224208463514, 0.055507337435745104, 0.009671512688146153, 0.0013264727246973848)
@@ -132,7 +133,7 @@ def exp2(x: Any, lanes: int) -> Any:
 
 def prefetch(buffer: Any, at: Any, width: int) -> None:
     """Asks for `width` values from `at` on; see `hint`."""
-    for line in range(0, width, _LINE):
+    for line in range(0, width, LINE_VALUES):
         T.evaluate(hint(T.address_of(buffer[at + line])))
 
 

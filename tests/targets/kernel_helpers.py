@@ -9,6 +9,7 @@ from tvm import te
 
 from targets.cpu import Cpu
 from targets.schedules.rules import schedule_module
+from targets.schedules.weights import WeightSpec, packed_product
 from targets.tvm_probe import detect
 
 
@@ -19,6 +20,14 @@ def llvm_target() -> Any:
 
 def prim_func(tensors: list[Any], name: str) -> Any:
     return te.create_prim_func(tensors).with_attr("global_symbol", name)
+
+
+def packed_kernel(rows: int, n: int, k: int, cpu: Cpu, name: str, lead: tuple[int, ...] = (1,), **stored: int) -> Any:
+    """x (*lead, rows, k) by a packed weight of n rows; `stored` says where it lies among others (see `WeightSpec`)."""
+    x = te.placeholder((*lead, rows, k), name="x")
+    weight = WeightSpec(rows=n, columns=k, tile=cpu.tile_columns, **stored)
+    packed = te.placeholder(weight.shapes[0], name="packed")
+    return prim_func([x, packed, packed_product(weight, x, packed)], name)
 
 
 def build(functions: dict[str, Any], cpu: Cpu) -> Any:

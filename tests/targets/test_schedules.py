@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import tvm
-from kernel_helpers import build, call, prim_func
+from kernel_helpers import build, call, packed_kernel, prim_func
 from numpy.typing import NDArray
 from tvm import te, topi
 
@@ -53,13 +53,6 @@ def random(*shape: int, seed: int = 0) -> NDArray[np.float32]:
 
 def relative_error(got: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(np.abs(got - expected).max() / np.abs(expected).max())
-
-
-def packed_kernel(rows: int, n: int, k: int, cpu: Cpu, name: str, lead: tuple[int, ...] = (1,)) -> Any:
-    x = te.placeholder((*lead, rows, k), name="x")
-    weight = WeightSpec(rows=n, columns=k, tile=cpu.tile_columns)
-    packed = te.placeholder(weight.shapes[0], name="packed")
-    return prim_func([x, packed, packed_product(weight, x, packed)], name)
 
 
 # --- packed products ------------------------------------------------------------------------
