@@ -90,9 +90,9 @@ loss on that file instead, and shares of right answers stand beside it in bracke
 would move all candidates together, as they share it. The error bars of the picture, where the run has repeats, are the standard deviation
 between trainings of one model with other seeds: that moves each candidate by itself. Two models closer than 2√2 of it cannot be told
 apart by one training each; on the front they are hollow, and “within noise” in the table.</p>
-<p>A trial that was <b>stopped early</b> was foretold to end behind a finished one that is at least as fast: a grey cross at the score of
-the text that it had read, which does not compare with scores of the whole budget; it is never on the front. Such forecasts err at
-times: a front may lack a model that it would have with <code>--rungs none</code>. A <b>twin</b> is a smaller model of the same kind,
+<p>A trial that was <b>stopped early</b> was not foretold to end clearly better than a finished one that is at least as fast: a grey cross
+at the score of the text that it had read, which does not compare with scores of the whole budget; it is never on the front. Such forecasts
+err at times: a front may lack a model that it would have with <code>--rungs none</code>. A <b>twin</b> is a smaller model of the same kind,
 trained and scored in place of one too large to train here; times and sizes are always of the model itself.</p>
 <p><b>Characters per second</b> is text generated, counting one byte as one character. It is the fair measure of speed: a larger vocabulary
 takes longer for a token but needs fewer of them. A <b>request</b> is the whole job, reading the prompt and writing the answer.</p>
