@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nas.corpus import VALIDATION_CAP_BYTES, expanded, words_of
+from nas.corpus import expanded, much_to_score, words_of
 from nas.tasks import TaskSet, load_tasks
 
 if TYPE_CHECKING:
@@ -57,10 +57,7 @@ class Accuracy:
         copies = sum(words_of(document) in trained for document in self.tasks.documents)
         if copies:
             found.append(f"{copies:,} documents of --accuracy {self.path} are trained on, too; give it as --held-out as well")
-        size = sum(len(document.encode()) for document in self.tasks.documents)
-        if size > VALIDATION_CAP_BYTES:
-            found.append(f"every model is scored on all {size:,} bytes of {self.path}, at every rung; {VALIDATION_CAP_BYTES:,} mostly do")
-        return found
+        return found + much_to_score(sum(len(document.encode()) for document in self.tasks.documents), self.path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values for a run's manifest; `sha256` and `kind` must stay the same in a run."""

@@ -46,7 +46,7 @@ def cache_info(as_json: bool) -> None:
     for entry in found:
         click.echo(f"  {_target(entry.about)}: {_counted([entry])}")
     if texts:
-        click.echo(f"  text of {_texts(texts)}")
+        click.echo(f"{texts[0].parent}: the text of {_texts(texts)}")
 
 
 @cache_group.command("clear")
@@ -71,7 +71,7 @@ def cache_clear(with_text: bool) -> None:
         removed = _texts(texts)
         for path in texts:
             path.unlink(missing_ok=True)
-        click.echo(f"{cache_dir()}: removed the text of {removed}")
+        click.echo(f"{texts[0].parent}: removed the text of {removed}")
 
 
 def _texts(paths: Sequence[Path]) -> str:

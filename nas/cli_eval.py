@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--weights", type=PRECISION, help=f"{PRECISION_HELP}  [default: that of the trial, else fp32]")
 @click.option("--limit", type=click.IntRange(min=1), help="Only so many of the first items or documents of each file.")
 @click.option(
-    "--window", type=click.IntRange(min=2), help="Most tokens seen at once.  [default: as many as a search trained it on, else its context]"
+    "--window", type=click.IntRange(min=2), help="Most tokens seen at once.  [default: as many as it was trained on, else its context]"
 )
 @click.option("--text-field", default="text", show_default=True, help="The JSON field or Parquet column that holds text.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: as many as PyTorch takes]")
@@ -207,9 +207,12 @@ def _of_folder(text: str, trial: int | None, weights: "Precision | None") -> _Mo
 
 
 def _trained_window(facts: Mapping[str, Any]) -> int | None:
-    """How many tokens a search trained a model on at once: of places further on it knows nothing. None if no search did."""
+    """How many tokens a model was trained on at once, by a search or by `edgewise train`: of places further on it knows nothing.
+
+    None if its weights do not say.
+    """
     score = facts.get("score")
-    window = score.get("window_tokens") if isinstance(score, dict) else None
+    window = (score if isinstance(score, dict) else facts).get("window_tokens")
     return window if isinstance(window, int) and window > 1 else None
 
 

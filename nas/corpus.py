@@ -188,12 +188,16 @@ def _apart(text: Text, source: str, scored: Text, held_out: str, note: Callable[
             "give more text, as separate files or with blank lines between paragraphs"
         )
     corpus = Corpus(name=text.name, licence=text.licence, train=train, validation=tuple(kept), held_out=held_out)
-    if corpus.validation_bytes > VALIDATION_CAP_BYTES:
-        note(
-            f"every model is scored on all {corpus.validation_bytes:,} bytes of {held_out}; {VALIDATION_CAP_BYTES:,} are mostly enough, "
-            "and faster"
-        )
+    for line in much_to_score(corpus.validation_bytes, held_out):
+        note(line)
     return _enough(corpus, source)
+
+
+def much_to_score(size_bytes: int, source: str) -> list[str]:
+    """What a user should know of the text in `source` that every model is scored on, at most a line: that it is much."""
+    if size_bytes <= VALIDATION_CAP_BYTES:
+        return []
+    return [f"every model is scored on all {size_bytes:,} bytes of {source}; {VALIDATION_CAP_BYTES:,} are mostly enough, and faster"]
 
 
 def words_of(document: str) -> bytes:

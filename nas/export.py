@@ -42,25 +42,35 @@ MARK = "<!-- written by edgewise export; another export may replace this folder'
 """The last line of a model card: a folder with it is an earlier export."""
 
 
-FORMATS: Mapping[str, str] = {
-    "hf": "nas.huggingface.export:write_folder",
-    "gguf": "nas.gguf_export:write_gguf_folder",
-    "tvm": "nas.tvm_bundle:write_bundle",
-    "recipe": "nas.recipe:write_recipe",
-}
-"""What a model can leave as: the name, and the `Exporter` that writes it, imported when it is asked for."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """What a model can leave as.
+
+    Attributes:
+        exporter: the `Exporter` that writes it, as MODULE:FUNCTION; imported when it is asked for.
+        files: every file that it may write.
+        untrained: whether a model may leave in it without weights: one that was scored by a twin (`search_spaces.twin`) has none.
+    """
+
+    exporter: str
+    files: tuple[str, ...]
+    untrained: bool = False
 
 
-_FILES = (
+_HF_FILES = (
     CONFIG, WEIGHTS, TOKENIZER, CARD, "tokenizer_config.json", "generation_config.json", "configuration_edgewise.py",
     "modeling_edgewise.py", "tokenization_edgewise.py", "edgewise_config.py", "edgewise_operators.py", "edgewise_model.py",
-    "manifest.json", "program.so", "weights.safetensors", "run.py", "model.gguf", "train.py", "training_args.json", "recipe.json",
-    "litgpt/model_config.yaml", "litgpt/pretrain.yaml",
 )  # fmt: skip
-"""Every file of every format."""
+_BUNDLE_FILES = ("manifest.json", "program.so", "weights.safetensors", TOKENIZER, CONFIG, "run.py", CARD)
+_RECIPE_FILES = ("train.py", "training_args.json", "recipe.json", "litgpt/model_config.yaml", "litgpt/pretrain.yaml")
 
-UNTRAINED = ("recipe",)
-"""The formats in which a model may leave without weights: one that was scored by a twin (`search_spaces.twin`) has none."""
+FORMATS: Mapping[str, Format] = {
+    "hf": Format(exporter="nas.huggingface.export:write_folder", files=_HF_FILES),
+    "gguf": Format(exporter="nas.gguf_export:write_gguf_folder", files=("model.gguf", CARD)),
+    "tvm": Format(exporter="nas.tvm_bundle:write_bundle", files=_BUNDLE_FILES),
+    "recipe": Format(exporter="nas.recipe:write_recipe", files=(*_HF_FILES, *_RECIPE_FILES), untrained=True),
+}
+"""What a model can leave as, by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,12 +119,14 @@ def export_trial(run: Run, trial: int, to: Path, format_name: str = "hf", target
     """
     if format_name not in FORMATS:
         raise UserError(f"--format {format_name!r} is not known; choose one of {', '.join(FORMATS)}")
-    chosen = dataclasses.replace(choose_trial(run, trial, untrained=format_name in UNTRAINED), target=target)
+    form = FORMATS[format_name]
+    chosen = dataclasses.replace(choose_trial(run, trial, untrained=form.untrained), target=target)
     _check_folder(to)
-    module, _, function = FORMATS[format_name].partition(":")
+    module, _, function = form.exporter.partition(":")
     write: Exporter = getattr(importlib.import_module(module), function)
     to.mkdir(parents=True, exist_ok=True)
-    before = {name: (to / name).stat().st_mtime_ns for name in _FILES if (to / name).exists()}
+    names = {name for each in FORMATS.values() for name in each.files}
+    before = {name: (to / name).stat().st_mtime_ns for name in names if (to / name).exists()}
     write(chosen, to)
     for name, written_ns in before.items():  # what is left of an earlier export: another format or trial has other files
         if (to / name).exists() and (to / name).stat().st_mtime_ns == written_ns:

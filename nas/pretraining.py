@@ -125,6 +125,8 @@ class Trained:
     steps: int
     tokens: int
     epochs: float
+    window_tokens: int
+    """Of the windows that it was trained and scored in."""
     train_s: float
     """Seconds spent on steps that counted: those lost with a killed process are not in it."""
     flops_per_token: float
@@ -229,6 +231,7 @@ def pretrain(
             steps=plan.steps,
             tokens=plan.tokens,
             epochs=plan.epochs,
+            window_tokens=plan.window,
             train_s=progress.train_s,
             flops_per_token=flops,
             eval_s=time.perf_counter() - start,

@@ -144,7 +144,7 @@ class TrainingFolder:
         """
         from nas.huggingface.export import write_model
 
-        facts = {key: result[key] for key in ("val_bpb", "val_bpb_stderr", "tokens", "steps")}
+        facts = {key: result[key] for key in ("val_bpb", "val_bpb_stderr", "tokens", "steps", "window_tokens")}
         form, loading = write_model(model, tokenizer, self.tokenizer_path.read_bytes(), facts, self.path)
         write_whole(self.path / CARD, self._card(model.config, tokenizer, result, form, loading))
         self.manifest = {**self.manifest, "result": dict(result)}

@@ -399,7 +399,6 @@ class SLM(nn.Module):
             rows.append(new)
         return self.head(x_B1D), rows
 
-    @torch.no_grad()
     def initialise(self, seed: int) -> "SLM":
         """Fills every weight from a seed, the same on every machine; returns self.
 
@@ -408,20 +407,23 @@ class SLM(nn.Module):
         Norms start at one, biases at zero, and a series activation at its plain one plus terms of half the scale.
         """
         generator = torch.Generator(device="cpu").manual_seed(seed)
-        std = min(0.04, 0.04 * math.sqrt(256 / self.config.d_model))
         for name, parameter in self.named_parameters():
-            kind = name.rsplit(".", 1)[-1]
-            if kind in ("bias", "shift"):
-                parameter.zero_()
-            elif kind == "scale":
-                parameter.fill_(0.5)
-                parameter[0] = 1.0
-            elif parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                residual = name.endswith((".out.weight", "shortcuts.up.weight")) or (
-                    name.startswith("ffns.") and name.endswith(".down.weight")
-                )
-                scale = std / math.sqrt(2 * self.config.num_layers) if residual else std
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            self.fill(name, parameter, generator)
         return self
+
+    @torch.no_grad()
+    def fill(self, name: str, parameter: Tensor, generator: torch.Generator | None = None) -> None:
+        """Fills one weight, whose name decides how, as `initialise` does; without a CPU generator from PyTorch's global one."""
+        kind = name.rsplit(".", 1)[-1]
+        if kind in ("bias", "shift"):
+            parameter.zero_()
+        elif kind == "scale":
+            parameter.fill_(0.5)
+            parameter[0] = 1.0
+        elif parameter.ndim == 1:
+            parameter.fill_(1.0)
+        else:
+            residual = name.endswith((".out.weight", "shortcuts.up.weight")) or (name.startswith("ffns.") and name.endswith(".down.weight"))
+            std = min(0.04, 0.04 * math.sqrt(256 / self.config.d_model))
+            scale = std / math.sqrt(2 * self.config.num_layers) if residual else std
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * scale)

@@ -33,7 +33,7 @@ class EdgewiseForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: EdgewiseConfig) -> None:
         super().__init__(config)
-        self.model = SLM(SLMConfig.from_dict(config.architecture))
+        self.model = SLM(SLMConfig.from_dict(config.architecture), torch.get_default_device())
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -43,6 +43,12 @@ class EdgewiseForCausalLM(PreTrainedModel, GenerationMixin):
             with torch.device("cpu"):  # whatever device modules are made on meanwhile
                 table = rope_table(self.model.config)
             module.register_buffer("rope", table.to(device), persistent=False)
+        within = next((f"{name}." for name, part in self.model.named_modules() if part is module), "")
+        for name, parameter in module.named_parameters(recurse=False):
+            is_read = getattr(parameter, "_is_hf_initialized", False)  # transformers marks so what was in the file
+            is_tied = module is self.model.head and parameter is self.model.embed.tokens.weight
+            if not (is_read or is_tied or parameter.is_meta):
+                self.model.fill(within + name, parameter)
 
     def get_input_embeddings(self) -> nn.Module:
         """The token table."""

@@ -45,6 +45,21 @@ def test_bpb_is_no_file_and_a_file_is_known_by_its_content(tmp_path: Path) -> No
         load_accuracy(str(tmp_path / "nothing.jsonl"))
 
 
+def test_what_to_know_of_a_text_is_said(corpus: Corpus, tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in (*corpus.train[:2], *["word " * 30_000] * 2)))
+    notes = load_accuracy(str(path))
+    assert notes is not None
+    size = sum(len(document.encode()) for document in notes.tasks.documents)
+    assert notes.doubts(corpus) == [
+        f"2 documents of --accuracy {path} are trained on, too; give it as --held-out as well",
+        f"every model is scored on all {size:,} bytes of {path}; 262,144 are mostly enough, and faster",
+    ]
+    pairs = load_accuracy(write_pairs(tmp_path / "pairs.jsonl"))
+    assert pairs is not None
+    assert pairs.doubts(corpus) == []
+
+
 def manifest(**changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "format": FORMAT,

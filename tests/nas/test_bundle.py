@@ -22,7 +22,7 @@ from nas import bundle_runner
 from nas.bundle_runner import BundleError, Model, load, read_manifest
 from nas.cli import main
 from nas.errors import UserError
-from nas.export import Chosen
+from nas.export import FORMATS, Chosen
 from nas.run import Run
 from nas.tvm_bundle import runner_source, write_bundle
 from search_spaces.counting import count
@@ -168,7 +168,7 @@ def test_a_bundle_holds_what_it_states(bundle: Path, chosen: Chosen) -> None:
     from safetensors.numpy import load_file
 
     manifest = read_manifest(bundle)
-    assert {p.name for p in bundle.iterdir()} == {*manifest["files"], "manifest.json"}
+    assert {p.name for p in bundle.iterdir()} == {*manifest["files"], "manifest.json"} == set(FORMATS["tvm"].files)
     arrays = load_file(bundle / "weights.safetensors")
     assert sum(array.nbytes for array in arrays.values()) == manifest["memory"]["weights_bytes"]
     assert set(arrays) == {weight["name"] for weight in manifest["weights"]}

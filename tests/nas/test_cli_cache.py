@@ -69,11 +69,11 @@ def test_text_of_datasets_is_shown_and_removed_only_when_asked(folder: Path, cap
     kept = folder / "text" / "stories-0123456789abcdef.parquet"
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b"x" * 2000)
-    assert said(capsys, "info").splitlines() == [f"{folder}: nothing is compiled yet", "  text of 1 dataset, 2.00 kB"]
+    assert said(capsys, "info").splitlines() == [f"{folder}: nothing is compiled yet", f"{kept.parent}: the text of 1 dataset, 2.00 kB"]
     assert json.loads(said(capsys, "info", "--json"))["texts"] == [{"file": str(kept), "bytes": 2000}]
     said(capsys, "clear")
     assert kept.exists()
-    assert said(capsys, "clear", "--text").splitlines()[1:] == [f"{folder}: removed the text of 1 dataset, 2.00 kB"]
+    assert said(capsys, "clear", "--text").splitlines()[1:] == [f"{kept.parent}: removed the text of 1 dataset, 2.00 kB"]
     assert not kept.exists()
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from search_helpers import write_speeches
 
 from nas.cli import main
 from nas.export import load_exported
 from nas.pretraining import Plan
 from nas.training_view import TrainingView
+from nas.weights import read_facts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -88,6 +90,22 @@ def test_what_cannot_be_is_refused_in_a_line(place: Path, capsys: pytest.Capture
     assert "is not named tokenizer.json" in refused(capsys, named)
     assert "--out" in refused(capsys, command(place, "model.json", "--tokens", "9"))
     assert not (place / "x").exists()
+
+
+def test_it_is_evaluated_in_the_window_it_was_trained_in(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also by whoever knows only its folder; a folder without a word of it is evaluated in its whole context."""
+    assert main(command(place, "short", "--tokens", "512", "--window", "24")) == 0
+    assert json.loads((place / "short" / "train.json").read_text())["result"]["window_tokens"] == 24
+    evaluate = ["eval", str(place / "short"), str(place / "speeches.jsonl"), "--limit", "1", "--json"]
+    capsys.readouterr()
+    assert main(evaluate) == 0
+    assert json.loads(capsys.readouterr().out)["window"] == 24
+    path = place / "short" / "model.safetensors"
+    facts = read_facts(path)
+    assert facts is not None and facts.pop("window_tokens") == 24
+    save_file(load_file(path), path, {"edgewise": json.dumps(facts)})
+    assert main(evaluate) == 0
+    assert json.loads(capsys.readouterr().out)["window"] == MODEL["context"]
 
 
 def test_a_tokenizer_file_is_used(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -298,6 +298,7 @@ def test_every_trial_on_the_front_leaves_in_every_format_or_the_reason_is_given(
                 assert "\n" not in reason
             else:
                 assert (folder / "README.md").read_text().rstrip().endswith(MARK)
+                assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} <= set(FORMATS[name].files)
             if name == "hf":
                 model, _ = load_exported(folder)
                 with torch.inference_mode():

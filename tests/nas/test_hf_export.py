@@ -221,6 +221,57 @@ def test_it_trains_further_and_what_transformers_saves_is_read_back(own: Path, t
         assert torch.equal(tuned(ids), loaded(tmp_path / "tuned")(ids).logits)
 
 
+MADE = (
+    {"series_activation": 2, "norm": "layernorm", "norm_bias": None},
+    {"block": "parallel", "tie_embeddings": False, "attention_bias": True},
+    {"attention": "mla", "kv_rank": 8, "rotary_dim": 4, "augmented_shortcuts": 1},
+    {"num_layers": 4, "sharing": "cycle", "num_unique_layers": 2, "positions": "learned"},
+)
+
+
+@pytest.mark.parametrize("changes", MADE)
+def test_one_made_from_a_config_begins_as_ours_do(changes: dict[str, Any], tmp_path: Path, tokenizer: tuple[Tokenizer, bytes]) -> None:
+    """Every weight is filled as `SLM.initialise` does, from PyTorch's own seed."""
+    config = SLMConfig(**{"vocab_size": 300, "d_model": 64, "num_layers": 2, "num_heads": 2, "context": 100, **changes})
+    assert native_form(config) is None
+    write_model(SLM(config).initialise(0), *tokenizer, {}, tmp_path)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+
+    def made(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(theirs, trust_remote_code=True)
+        assert type(model).__name__ == "EdgewiseForCausalLM"
+        return {name.removeprefix("model."): p.detach() for name, p in model.named_parameters()}
+
+    with torch.random.fork_rng():
+        found, again, other = made(1), made(1), made(2)
+    expected = {name: p.detach() for name, p in SLM(config).initialise(0).named_parameters()}
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert torch.equal(found[name], again[name])
+        if name.rsplit(".", 1)[-1] in ("bias", "scale", "shift") or values.ndim == 1:
+            assert torch.equal(found[name], values), name
+        else:
+            assert not torch.equal(found[name], other[name]), name
+            # The standard deviation of n normal numbers has a relative error of 1 / sqrt(2 n).
+            assert float(found[name].std() / values.std()) == pytest.approx(1.0, abs=6 / values.numel() ** 0.5), name
+
+
+def test_only_weights_that_no_file_has_are_filled(own: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = torch.get_rng_state()
+    whole = dict(loaded(own).named_parameters())
+    assert torch.equal(torch.get_rng_state(), state), "weights were made only to be read"
+    path, lost = own / "model.safetensors", "ffns.1.down.weight"
+    save_file({name: p for name, p in load_file(path).items() if name != lost}, path, {"format": "pt"})
+    with torch.random.fork_rng():
+        parts = dict(loaded(own).named_parameters())
+    expected = dict(SLM(SLMConfig.load(own)).initialise(0).named_parameters())[lost]
+    assert float(parts.pop(f"model.{lost}").detach().std() / expected.detach().std()) == pytest.approx(1.0, abs=0.15)
+    assert all(torch.equal(p, whole[name]) for name, p in parts.items())
+
+
 def test_the_files_are_ours_with_imports_among_themselves(tmp_path: Path) -> None:
     """They need PyTorch, NumPy and transformers, and nothing of this project."""
     for name, text in source_files().items():

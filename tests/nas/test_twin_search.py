@@ -10,7 +10,7 @@ from search_helpers import contents, repeated_steps, run_search, settings, write
 from nas.cli import main
 from nas.corpus import Corpus, load_corpus
 from nas.errors import InvalidRun
-from nas.export import FORMATS, UNTRAINED, choose_trial, export_trial, load_exported
+from nas.export import FORMATS, choose_trial, export_trial, load_exported
 from nas.models import model_at
 from nas.run import Run
 from nas.search import Outcome
@@ -88,7 +88,7 @@ def test_another_precision_of_a_model_takes_the_weights_of_its_twin(tmp_path: Pa
     assert not repeated_steps(run)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name not in UNTRAINED])
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if not form.untrained])
 def test_weights_of_a_twin_never_leave_as_the_models(searched: tuple[Run, Outcome], tmp_path: Path, name: str) -> None:
     run, outcome = searched
     trial = outcome.front[0].trial
