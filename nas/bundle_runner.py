@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from targets.machine import Machine, filled
+from targets.machine import Machine, Memory
 
 MANIFEST, WEIGHTS, TOKENIZER = "manifest.json", "weights.safetensors", "tokenizer.json"
 FORMAT = 1
@@ -402,7 +402,7 @@ def load(folder: str | Path | None = None, session: Any = None) -> Model:
         else:
             device = session.device(kind)
             machine = session.machine(session.load(library), program, device)
-        machine.hold(_weights(folder / WEIGHTS, manifest, device))
+        machine.hold(_weights(folder / WEIGHTS, manifest, machine.memory))
         model = Model(manifest, machine, tokenizer)
     except (KeyError, TypeError, AttributeError) as error:
         raise BundleError(f"{folder / MANIFEST} is damaged ({type(error).__name__}: {error}); {_AGAIN}") from error
@@ -410,7 +410,7 @@ def load(folder: str | Path | None = None, session: Any = None) -> Model:
     return model
 
 
-def _weights(path: Path, manifest: Mapping[str, Any], device: Any) -> list[Any]:
+def _weights(path: Path, manifest: Mapping[str, Any], memory: Memory) -> list[Any]:
     """The weights on the device, read one at a time into the memory they stay in, and hashed on the way."""
     digest = hashlib.sha256()
 
@@ -428,10 +428,15 @@ def _weights(path: Path, manifest: Mapping[str, Any], device: Any) -> list[Any]:
     with path.open("rb", buffering=0) as file:
         nbytes = sum(weight["bytes"] for weight in manifest["weights"])
         fill(memoryview(bytearray(manifest["files"][WEIGHTS]["bytes"] - nbytes)), file)  # the header, for other readers
-        tensors = [filled(w["shape"], w["dtype"], device, lambda view: fill(view, file)) for w in manifest["weights"]]
+        tensors = [memory.filled(w["shape"], w["dtype"], lambda array: fill(bytes_of(array), file)) for w in manifest["weights"]]
     if digest.hexdigest() != manifest["files"][WEIGHTS]["sha256"]:
         raise BundleError(_changed(path))
     return tensors
+
+
+def bytes_of(array: NDArray[Any]) -> memoryview:
+    """The memory of a contiguous array."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 # --- the command --------------------------------------------------------------------------------

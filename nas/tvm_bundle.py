@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from targets.target import Target
 
 LIBRARY, RUNNER = "program.so", "run.py"
-_SHARED = "from targets.machine import Machine, filled\n"
+_SHARED = "from targets.machine import Machine, Memory\n"
 """The line of the runner in whose place its copy has the classes themselves."""
 _CHECKED = Timing(repeats=1, min_repeat_s=0.0, warmup_s=0.0, retries=0, profile_share=0.0)
 """Checks every number and times hardly anything."""

@@ -17,13 +17,15 @@ class Tuning:
         unroll: steps of k written out, there.
         row_tiles: tiles that the product of a single row takes at once: as many streams from memory.
         row_unroll: steps of k written out, there.
+        row_ahead_bytes: how far ahead in each stream a large weight is asked for, there; 0: not at all.
     """
 
     tile_vectors: int
     tile_rows: int
     unroll: int = 4
-    row_tiles: int = 1
+    row_tiles: int = 2
     row_unroll: int = 4
+    row_ahead_bytes: int = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,5 +90,5 @@ class Cpu:
 
     def row_variants(self, tuning: Tuning) -> tuple[Tuning, ...]:
         """Ways worth trying to take a single row, for the tile width of a tuning."""
-        choices = ((1, 4), (1, 8), (2, 4), (4, 4))
-        return tuple(dataclasses.replace(tuning, row_tiles=tiles, row_unroll=unroll) for tiles, unroll in choices)
+        choices = ((2, 4, 1024), (3, 4, 1024), (4, 4, 1024), (1, 4, 0), (1, 8, 0), (2, 4, 0), (4, 4, 0))
+        return tuple(dataclasses.replace(tuning, row_tiles=t, row_unroll=unroll, row_ahead_bytes=ahead) for t, unroll, ahead in choices)

@@ -11,11 +11,11 @@ MANIFEST = "manifest.json"
 PRODUCT_SIZE = 384
 """Rows, columns and depth of the probe's product: large enough for full speed, small enough to stay in a cache."""
 READ_VALUES = 64 << 20
-"""float32 values of the probe's streaming read: 256 MiB, so that no cache holds a part worth mentioning."""
+"""float32 values that the probe reads once: 256 MiB, so that no cache holds a part worth mentioning."""
 VARIANT_SHAPE = (120, 512, 512)
 """Rows, depth and columns of the product that tunings are tried on; 120 rows are whole tiles of every height tried."""
-ROW_VARIANT_SHAPE = (1, 1024, 16384)
-"""The same of a single row: 64 MiB of weights, read from memory."""
+READ_SHAPE = (1, 1024, READ_VALUES // 1024)
+"""The same of a single row, whose weight is read from memory; the ceiling for reading is taken on it, too."""
 
 
 def variant_name(tuning: Tuning) -> str:
@@ -25,7 +25,7 @@ def variant_name(tuning: Tuning) -> str:
 
 def row_variant_name(tuning: Tuning) -> str:
     """Name of the kernel that tries a way to take a single row."""
-    return f"row_{tuning.tile_vectors}_{tuning.row_tiles}_{tuning.row_unroll}"
+    return f"row_{tuning.tile_vectors}_{tuning.row_tiles}_{tuning.row_unroll}_{tuning.row_ahead_bytes}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

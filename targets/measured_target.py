@@ -13,7 +13,8 @@ from targets.cpu import Cpu, Tuning
 from targets.files import whole
 from targets.gpu import PROBE_PARTS, PROBE_SIZE, PROBE_WIDTH
 from targets.host_compiler import HostCompiler
-from targets.job import MANIFEST, PRODUCT_SIZE, READ_VALUES, Job
+from targets.job import MANIFEST, PRODUCT_SIZE, READ_SHAPE, READ_VALUES, Job
+from targets.layout import packed_shape
 from targets.measurement import Measurement, Timing
 from targets.program import Program, Sample
 from targets.quiet import resting, working
@@ -156,11 +157,11 @@ class MeasuredTarget(ABC):
 
     def _ceilings(self, spec: DeviceSpec, cpu: Cpu) -> dict[str, float]:
         probe = str(self._compiler.probe(spec, toolchain(spec, cpu)))
-        kind, parts, width = ("cpu", 2 * cpu.cores, 4 * cpu.lanes) if spec.backend == "llvm" else (spec.backend, PROBE_PARTS, PROBE_WIDTH)
+        kind = "cpu" if spec.backend == "llvm" else spec.backend
         found: dict[str, float]
         found, _ = self._run(
             "measuring the ceilings", _FIRST_LOOK_TIMEOUT_S, "targets.tvm_run:ceilings",
-            probe, kind, *_reference(spec, cpu), READ_VALUES, parts, width,
+            probe, kind, *_reference(spec, cpu), _reading(spec, cpu),
         )  # fmt: skip
         return found
 
@@ -179,6 +180,14 @@ class MeasuredTarget(ABC):
 def _reference(spec: DeviceSpec, cpu: Cpu) -> tuple[int, int]:
     """Size and tile of the product that a device is rated by, and that is timed beside every program."""
     return (PRODUCT_SIZE, cpu.tile_columns) if spec.backend == "llvm" else (PROBE_SIZE, 1)
+
+
+def _reading(spec: DeviceSpec, cpu: Cpu) -> tuple[tuple[int, ...], ...]:
+    """Shapes of what the probe's kernel that reads memory takes, the result's last."""
+    if spec.backend == "llvm":
+        rows, depth, columns = READ_SHAPE
+        return (1, rows, depth), packed_shape(columns, depth, cpu.tile_columns), (1, rows, columns)
+    return (PROBE_PARTS, READ_VALUES // (PROBE_PARTS * PROBE_WIDTH), PROBE_WIDTH), (PROBE_PARTS, PROBE_WIDTH)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Two small kernels that say what a processor can do at most: a matrix product and a streaming read.
+"""Two small kernels that say what a processor can do at most: a matrix product, and one of a single row, which reads memory.
 
 Compiled with the same schedules as everything else, so a ceiling is one that our kernels can reach.
 """
@@ -13,8 +13,9 @@ import tvm
 from tvm import s_tir, te, tirx
 
 from targets.cpu import Cpu
-from targets.job import PRODUCT_SIZE, READ_VALUES, ROW_VARIANT_SHAPE, VARIANT_SHAPE, row_variant_name, variant_name
+from targets.job import PRODUCT_SIZE, READ_SHAPE, VARIANT_SHAPE, row_variant_name, variant_name
 from targets.link import link_shared
+from targets.schedules.prefetch import with_prefetches
 from targets.schedules.product import schedule_packed_product
 from targets.schedules.weights import WeightSpec, packed_product
 from targets.toolchain import Toolchain
@@ -39,7 +40,7 @@ def detect() -> dict[str, Any]:
 def compile_probe(tools: Toolchain, path: Path) -> Path:
     """Compiles both kernels, `ones` and the clock that profiles are taken with, into a shared library at `path`."""
     product = _product(tools.cpu, PRODUCT_SIZE, PRODUCT_SIZE, PRODUCT_SIZE)
-    kernels = {"product": product, "read": _read(tools.cpu), "ones": _ones()}
+    kernels = {"product": product, "read": _product(tools.cpu, *READ_SHAPE), "ones": _ones()}
     with tempfile.TemporaryDirectory() as folder:
         clock = [] if tools.triple else [compile_clock(Path(folder))]  # only this machine is profiled
         return link_shared(_library(kernels, tools), path, clock, tools.triple, tools.linker)
@@ -51,7 +52,7 @@ def compile_variants(tools: Toolchain, path: Path) -> Path:
     Kernels are named by `job.variant_name`; `ones` makes what they read.
     """
     cpu = tools.cpu
-    many, single = VARIANT_SHAPE, ROW_VARIANT_SHAPE
+    many, single = VARIANT_SHAPE, READ_SHAPE
     kernels = {"ones": _ones()}
     for tuning in cpu.variants():
         kernels[variant_name(tuning)] = _product(dataclasses.replace(cpu, tuned=tuning), *many)
@@ -69,7 +70,7 @@ def _product(cpu: Cpu, rows: int, depth: int, columns: int) -> Any:
     packed = te.placeholder(weight.shapes[0], name="packed")
     sch = s_tir.Schedule(te.create_prim_func([x, packed, packed_product(weight, x, packed)]))
     schedule_packed_product(sch, cpu)
-    return sch.mod["main"]
+    return with_prefetches(sch.mod["main"])
 
 
 def _ones() -> Any:
@@ -80,26 +81,3 @@ def _ones() -> Any:
 def _library(kernels: Mapping[str, Any], tools: Toolchain) -> Any:
     module = tvm.IRModule({name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()})
     return tvm.compile(module, tvm.target.Target(tools.target))
-
-
-def _read(cpu: Cpu) -> Any:
-    """Sums every lane of a large array, each thread its part; four vectors at once hide the latency of an addition."""
-    parts, width = 2 * cpu.cores, 4 * cpu.lanes
-    steps = READ_VALUES // (parts * width)
-    data = te.placeholder((parts, steps, width), name="data")
-    s = te.reduce_axis((0, steps), name="s")
-    total = te.compute((parts, width), lambda p, j: te.sum(data[p, s, j], axis=s), name="total")
-    sch = s_tir.Schedule(te.create_prim_func([data, total]))
-    block = sch.get_sblock("total")
-    local = sch.cache_write(block, 0, "local")
-    part, _ = sch.get_loops(local)
-    sch.compute_at(block, part, preserve_unit_loops=True)
-    *_, lane, step = sch.get_loops(block)
-    vector, lane = sch.split(lane, [4, None])
-    sch.reorder(step, vector, lane)
-    sch.vectorize(lane)
-    sch.unroll(vector)
-    sch.parallel(part)
-    init = sch.decompose_reduction(block, step)
-    sch.vectorize(sch.get_loops(init)[-1])
-    return sch.mod["main"]

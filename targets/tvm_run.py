@@ -7,6 +7,7 @@ halve what is measured.
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import tvm
 from numpy.typing import NDArray
 
 from targets.arrays import ArrayFile
-from targets.job import MANIFEST, Job
+from targets.job import MANIFEST, READ_VALUES, Job
 from targets.layout import StoredArray, packed_shape
-from targets.machine import Machine
+from targets.machine import Machine, Memory
 from targets.measurement import NOISY_IQR, SLOW, Timing, interquartile_range
 from targets.memory import held_bytes
 from targets.program import Step
@@ -31,6 +32,7 @@ _PRODUCTS, _READS = 120, 30
 _CEILING_S = 2.0
 """A slow device times each of them for as long at most."""
 _REFERENCE = "_reference"
+Shapes = tuple[tuple[int, ...], ...]
 
 
 class CheckFailed(Exception):
@@ -94,7 +96,7 @@ def _hold(machine: Machine, weights: list[StoredArray], arrays: ArrayFile) -> in
             yield_to_measuring()
             array = weight.apply(arrays.read)
             packed_bytes += array.nbytes
-            yield tvm.runtime.tensor(array, machine.device)
+            yield machine.memory.filled(array.shape, array.dtype.name, partial(np.copyto, src=array))
             del array
 
     machine.hold(packed())
@@ -187,11 +189,11 @@ class Probe:
         arrays = [tvm.runtime.tensor(generator.standard_normal(shape, dtype=np.float32), self._device) for shape in shapes]
         return self._timer("product", arrays)
 
-    def read(self, values: int, parts: int, width: int) -> Callable[[], float]:
-        """Seconds of one pass over `values` float32."""
-        steps = values // (parts * width)
-        data = ones(self._module, (parts, steps, width), self._device)
-        return self._timer("read", [data, tvm.runtime.empty((parts, width), "float32", self._device)])
+    def read(self, shapes: Shapes) -> Callable[[], float]:
+        """Seconds of one call of the kernel that reads memory, whose arguments have these shapes, the result's last."""
+        memory = Memory(self._device)
+        given = [ones(self._module, shape, memory) for shape in shapes[:-1]]
+        return self._timer("read", [*given, tvm.runtime.empty(shapes[-1], "float32", self._device)])
 
     def _timer(self, name: str, arrays: list[Any]) -> Callable[[], float]:
         timer = self._session.time_kernel(self._module, name, arrays, self._device)
@@ -200,27 +202,27 @@ class Probe:
         return lambda: timer(1)
 
 
-def ones(module: Any, shape: tuple[int, ...], device: Any) -> Any:
+def ones(module: Any, shape: tuple[int, ...], memory: Memory) -> Any:
     """An array of ones, made on the device by the kernel of that name: it may be large, and the device far away."""
-    array = tvm.runtime.empty((int(np.prod(shape)),), "float32", device)
+    array = memory.empty((int(np.prod(shape)),), "float32")
     module["ones"](array)
     return array._create_view(shape)
 
 
-def ceilings(session: Session, library: str, kind: str, size: int, tile: int, values: int, parts: int, width: int) -> dict[str, float]:
-    """The best rates seen: `flops_per_s` of the product and `read_bytes_per_s` of the streaming read.
+def ceilings(session: Session, library: str, kind: str, size: int, tile: int, reading: Shapes) -> dict[str, float]:
+    """The best rates seen: `flops_per_s` of the product and `read_bytes_per_s` of the kernel that reads `READ_VALUES`.
 
     Args:
         library: path of the probe kernels.
         kind: of the device that they run on.
         size, tile: of the product.
-        values, parts, width: how many values are read, and how the threads share them.
+        reading: shapes of what that kernel takes, the result's last.
     """
     probe = Probe(session, Path(library), session.device(kind))
-    product, read = probe.product(size, tile), probe.read(values, parts, width)
+    product, read = probe.product(size, tile), probe.read(reading)
     return {
         "flops_per_s": 2.0 * size**3 / _best(product, _PRODUCTS),
-        "read_bytes_per_s": 4.0 * values / _best(read, _READS),
+        "read_bytes_per_s": 4.0 * READ_VALUES / _best(read, _READS),
     }
 
 

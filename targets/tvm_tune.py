@@ -8,8 +8,9 @@ import numpy as np
 import tvm
 
 from targets.cpu import Cpu, Tuning
-from targets.job import ROW_VARIANT_SHAPE, VARIANT_SHAPE, row_variant_name, variant_name
+from targets.job import READ_SHAPE, VARIANT_SHAPE, row_variant_name, variant_name
 from targets.layout import packed_shape
+from targets.machine import Memory
 from targets.tvm_run import ones
 from targets.tvm_session import Session
 
@@ -26,12 +27,13 @@ def best_tuning(session: Session, library: str, cpu: Cpu) -> Tuning:
     default = cpu.default_tuning
     tiles = {variant_name(tuning): (tuning, VARIANT_SHAPE) for tuning in cpu.variants()}
     tuning = _fastest(session, module, cpu, tiles, variant_name(default))
-    rows = {row_variant_name(row): (row, ROW_VARIANT_SHAPE) for row in cpu.row_variants(tuning)}
+    rows = {row_variant_name(row): (row, READ_SHAPE) for row in cpu.row_variants(tuning)}
     return _fastest(session, module, cpu, rows, row_variant_name(tuning))
 
 
 def _fastest(session: Session, module: Any, cpu: Cpu, variants: dict[str, tuple[Tuning, tuple[int, int, int]]], default: str) -> Tuning:
     device = session.device("cpu")
+    memory = Memory(device)
     made: dict[tuple[int, ...], Any] = {}  # by shape: all variants may read the same ones, and results are not looked at
 
     def arrays(tuning: Tuning, shape: tuple[int, int, int]) -> list[Any]:
@@ -39,7 +41,7 @@ def _fastest(session: Session, module: Any, cpu: Cpu, variants: dict[str, tuple[
         packed = packed_shape(columns, depth, cpu.lanes * tuning.tile_vectors)
         for size in ((1, rows, depth), packed):
             if size not in made:
-                made[size] = ones(module, size, device)
+                made[size] = ones(module, size, memory)
         return [made[(1, rows, depth)], made[packed], tvm.runtime.empty((1, rows, columns), "float32", device)]
 
     timers = {name: session.time_kernel(module, name, arrays(*variant), device) for name, variant in variants.items()}

@@ -4,7 +4,7 @@ from typing import Any
 
 from targets.cpu import Cpu
 from targets.schedules.blocks import block_handles, inline_all, int_or_none, output_block
-from targets.schedules.prefetch import mark
+from targets.schedules.prefetch import mark, mark_ahead
 
 _FEW_TILES = 16
 """Column tiles a core has, from which on a last uneven one costs little."""
@@ -54,11 +54,14 @@ def schedule_packed_product(sch: Any, cpu: Cpu) -> None:
         sch.unroll(out_vector)
     if rows % tile_rows:
         sch.annotate(m_outer, "pragma_loop_partition_hint", 1)
+    is_large = unpacked is None and not in_words and 4 * columns * depth >= PREFETCH_BYTES
+    if rows <= tile_rows and is_large and tuning.row_ahead_bytes:
+        mark_ahead(sch, k_outer, max(1, tuning.row_ahead_bytes // (4 * cpu.tile_columns)))
     if 2 * rows * columns * depth >= PARALLEL_FLOPS:
         # Few tiles that do not share out evenly: rows are shared, too.
         uneven = tiles % cpu.cores and tiles < _FEW_TILES * cpu.cores
         shares_rows = uneven and unpacked is None and rows % tile_rows == 0
-        if rows > tile_rows and not shares_rows and unpacked is None and 4 * columns * depth >= PREFETCH_BYTES:
+        if rows > tile_rows and is_large and not shares_rows:
             mark(sch, n_outer, m_outer, k_outer)
         sch.parallel(sch.fuse(n_outer, m_outer) if shares_rows else n_outer)
     init = sch.decompose_reduction(product, k_outer)
@@ -70,7 +73,7 @@ def schedule_packed_product(sch: Any, cpu: Cpu) -> None:
 
 def _row_tiles(tiles: int, cpu: Cpu) -> int:
     """Tiles that a single row takes at once: as tuned, where cores then still have equal shares."""
-    for at_once in (cpu.tuning.row_tiles, 2):
+    for at_once in range(cpu.tuning.row_tiles, 1, -1):
         chunks = tiles // at_once
         if tiles % at_once == 0 and (chunks % cpu.cores == 0 or chunks >= _FEW_TILES * cpu.cores):
             return at_once
