@@ -73,7 +73,7 @@ def schedule_packed_product(sch: Any, cpu: Cpu) -> None:
 
 def _row_tiles(tiles: int, cpu: Cpu) -> int:
     """Tiles that a single row takes at once: as tuned, where cores then still have equal shares."""
-    for at_once in range(cpu.tuning.row_tiles, 1, -1):
+    for at_once in (cpu.tuning.row_tiles, 4, 3, 2):
         chunks = tiles // at_once
         if tiles % at_once == 0 and (chunks % cpu.cores == 0 or chunks >= _FEW_TILES * cpu.cores):
             return at_once
