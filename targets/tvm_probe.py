@@ -27,14 +27,22 @@ def detect() -> dict[str, Any]:
     ask = tvm.get_global_func
     triple = str(ask("target.llvm_get_system_triple")())
     cpu = str(ask("target.llvm_get_system_cpu")())
+    return {"triple": triple, "cpu": cpu, **vectors(triple, cpu)}
+
+
+def vectors(triple: str, cpu: str) -> dict[str, Any]:
+    """The SIMD registers and byte dot products of LLVM's processor `cpu`: `vector_bytes`, `dot`."""
+    ask = tvm.get_global_func
     target = tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": cpu})
     with target:
-        known = ("avx512f", "avx512vnni", "avxvnni", "avx2", "avx", "sse2", "neon", "dotprod", "sve")
+        known = ("avx512f", "avx512vnni", "avxvnni", "avx", "dotprod")
         features = {name for name in known if ask("target.llvm_cpu_has_feature")(name, target)}
-        bits = int(ask("target.llvm_get_vector_width")(target))
+        other = int(ask("target.llvm_get_vector_width")(target)) // 8
+    if not triple.startswith("x86_64"):  # TVM gives 512 bits for every x86 processor
+        return {"vector_bytes": other, "dot": "sdot" if "dotprod" in features else ""}
     wide = "avx512f" in features
-    dot = "vnni" if ("avx512vnni" if wide else "avxvnni") in features else "sdot" if "dotprod" in features else ""
-    return {"triple": triple, "cpu": cpu, "vector_bytes": 64 if wide else bits // 8, "dot": dot}
+    has_dot = ("avx512vnni" if wide else "avxvnni") in features
+    return {"vector_bytes": 64 if wide else 32 if "avx" in features else 16, "dot": "vnni" if has_dot else ""}
 
 
 def compile_probe(tools: Toolchain, path: Path) -> Path:

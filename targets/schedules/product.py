@@ -72,7 +72,9 @@ def schedule_packed_product(sch: Any, cpu: Cpu) -> None:
 
 
 def _row_tiles(tiles: int, cpu: Cpu) -> int:
-    """Tiles that a single row takes at once: as tuned, where cores then still have equal shares."""
+    """Tiles that a single row takes at once: as tuned, or another number with which cores have equal shares."""
+    if cpu.tuning.row_tiles == 1:
+        return 1
     for at_once in (cpu.tuning.row_tiles, 4, 3, 2):
         chunks = tiles // at_once
         if tiles % at_once == 0 and (chunks % cpu.cores == 0 or chunks >= _FEW_TILES * cpu.cores):
