@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-Dot = Literal["", "vnni", "sdot"]
+Dot = Literal["", "vnni", "madd", "sdot"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,8 @@ class Cpu:
         vector_bytes: width of a SIMD register.
         registers: how many of them there are.
         cores: threads that run at once.
-        dot: byte dot products it has: "vnni" (x86, unsigned by signed), "sdot" (ARM, signed by signed) or none.
+        dot: byte dot products it has: of four, "vnni" (x86, unsigned by signed) or "sdot" (ARM, signed by signed), of two,
+            "madd" (x86, unsigned by signed), or none.
         halves: whether it converts vectors of half-precision floats.
         tuned: choices found by trying; None: `default_tuning`.
     """

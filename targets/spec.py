@@ -21,7 +21,7 @@ from targets.plugins import plugins
 Backend = Literal["llvm", "cuda", "opencl"]
 State = Literal["run", "cross-compiled", "described"]
 Linker = Literal["auto", "zig", "gcc", "ndk", "none"]
-Dot = Literal["", "vnni", "sdot"]
+Dot = Literal["", "vnni", "madd", "sdot"]
 Origin = Literal["shipped", "own", "plug-in"]
 
 _NAME = re.compile(r"(?!.*\.toml$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -61,7 +61,7 @@ class DeviceSpec:
         cores: hardware threads to use; 0: detected.
         affinity: the processors to use, by number; empty: any.
         vector_bytes: width of a SIMD register; 0: detected.
-        dot: byte dot products it has: "vnni" (x86), "sdot" (ARM) or "" for none; None: detected.
+        dot: byte dot products it has: "vnni" (x86 of late), "madd" (x86 with AVX2), "sdot" (ARM) or "" for none; None: detected.
         memory_bytes: memory a model may use; 0: detected.
         host, port, key: where an RPC server or tracker listens, and the key its servers registered with.
         linker: what makes shared libraries for it: "zig", "gcc" (a cross compiler), "ndk" (Android's), "none" (an archive
@@ -163,7 +163,7 @@ def _wrong_choice(values: Mapping[str, Any]) -> tuple[str, str] | None:
         if key in values and values[key] not in choices:
             return key, f"one of {', '.join(choices)}; choose one"
     if values.get("dot") not in (None, *get_args(Dot)):
-        return "dot", "one of vnni, sdot or empty; correct it or leave it out"
+        return "dot", "one of vnni, madd, sdot or empty; correct it or leave it out"
     return None
 
 

@@ -38,7 +38,7 @@ from targets.tvm_import import import_stage
 from targets.tvm_operators import call_operators, weight_uses
 
 _LINK_ATTEMPTS = 3
-_FORMAT = 7
+_FORMAT = 8
 """Counts up when what is kept of stages or kernels, or the way kernels are built, changes."""
 _EMPTY = "edgewise_empty"
 

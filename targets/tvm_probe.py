@@ -35,14 +35,21 @@ def vectors(triple: str, cpu: str) -> dict[str, Any]:
     ask = tvm.get_global_func
     target = tvm.target.Target({"kind": "llvm", "mtriple": triple, "mcpu": cpu})
     with target:
-        known = ("avx512f", "avx512vnni", "avxvnni", "avx", "dotprod")
+        known = ("avx512f", "avx512bw", "avx512vnni", "avxvnni", "avx", "avx2", "ssse3", "dotprod")
         features = {name for name in known if ask("target.llvm_cpu_has_feature")(name, target)}
         other = int(ask("target.llvm_get_vector_width")(target)) // 8
     if not triple.startswith("x86_64"):  # TVM gives 512 bits for every x86 processor
         return {"vector_bytes": other, "dot": "sdot" if "dotprod" in features else ""}
-    wide = "avx512f" in features
-    has_dot = ("avx512vnni" if wide else "avxvnni") in features
-    return {"vector_bytes": 64 if wide else 32 if "avx" in features else 16, "dot": "vnni" if has_dot else ""}
+    vector_bytes, fours, twos = next(
+        (width, fours, twos)
+        for feature, width, fours, twos in (
+            ("avx512f", 64, "avx512vnni", "avx512bw"),
+            ("avx", 32, "avxvnni", "avx2"),
+            ("", 16, "", "ssse3"),
+        )
+        if feature in {*features, ""}
+    )
+    return {"vector_bytes": vector_bytes, "dot": "vnni" if fours in features else "madd" if twos in features else ""}
 
 
 def compile_probe(tools: Toolchain, path: Path) -> Path:

@@ -27,7 +27,7 @@ plain = printable | st.integers(-(2**40), 2**40) | st.booleans() | st.floats(all
 @given(
     description=printable,
     key=printable,
-    dot=st.sampled_from([None, "", "vnni", "sdot"]),
+    dot=st.sampled_from([None, "", "vnni", "madd", "sdot"]),
     rate=st.floats(0, 1e18),
     affinity=st.lists(st.integers(0, 99), unique=True),
     options=st.dictionaries(printable, plain | st.lists(plain, max_size=3), max_size=3),

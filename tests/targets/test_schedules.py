@@ -15,7 +15,7 @@ from tvm import te, topi
 
 from search_spaces.precision import Precision
 from search_spaces.quantisation import bits, dequantise, quantise
-from targets.cpu import Cpu, Tuning
+from targets.cpu import Cpu, Dot, Tuning
 from targets.layout import Layout, packed_shape
 from targets.schedules import legalize
 from targets.schedules.dot import PARALLEL_BYTES, can_dot, dot_product
@@ -171,13 +171,14 @@ def test_products_and_lookups_of_fewer_bits_are_those_of_the_dequantised_weight(
         assert relative_error(call(library, name, *arguments, out=expected.shape), expected) < 2e-6, name
 
 
+@pytest.mark.parametrize("dot", ["vnni", "madd", "sdot"])
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_byte_dot_products_are_as_near_as_float_ones(precision: Precision) -> None:
+def test_byte_dot_products_are_as_near_as_float_ones(precision: Precision, dot: Dot) -> None:
     """Also for rows of very different magnitudes, of zeros, and of a depth that is no whole number of groups."""
     found = detect()
-    if not found["dot"]:
-        pytest.skip("this processor has no byte dot products that are known here")
-    cpu = Cpu(vector_bytes=found["vector_bytes"], registers=32, cores=2, dot=found["dot"])
+    if dot not in {found["dot"], "madd" if found["dot"] == "vnni" else ""}:
+        pytest.skip(f"this processor has no {dot}")
+    cpu = Cpu(vector_bytes=found["vector_bytes"], registers=32, cores=2, dot=dot)
     functions, runs = {}, []
     for n, k in ((33, 7), (64, 64), (100, 70), (32, 576)):
         spec, arrays, weight = quantised(n, k, precision, cpu)

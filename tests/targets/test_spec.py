@@ -170,7 +170,7 @@ def test_a_spec_survives_json() -> None:
         ({"state": "works"}, "state='works' is not one of run, cross-compiled, described"),
         ({"backend": "metal"}, "backend='metal' is not one of llvm, cuda, opencl"),
         ({"linker": "ld"}, "linker='ld' is not one of auto, zig, gcc, ndk, none"),
-        ({"dot": "yes"}, "dot='yes' is not one of vnni, sdot or empty"),
+        ({"dot": "yes"}, "dot='yes' is not one of vnni, madd, sdot or empty"),
         ({"options": [1]}, r"options=\[1\] is not a table"),
         ({"options": {"a": {1, 2}}}, "options=.* is not a table of texts, numbers"),
     ],
