@@ -31,7 +31,9 @@ def schedule_packed_product(sch: Any, cpu: Cpu) -> None:
     assert depth is not None
     tuning, tiles = cpu.tuning, -(-columns // cpu.tile_columns)
     tile_rows = min(rows, tuning.tile_rows)
-    at_once = _row_tiles(tiles, cpu) if rows == 1 else 1
+    # All of a word's values, so that which one is meant is known where it is taken out.
+    in_words = any(str(region.source.dtype) == "int32" for region in sch.get(product).reads)
+    at_once = _row_tiles(tiles, cpu, cpu.registers // (4 if in_words else 2)) if rows == 1 else 1
     m_outer, m_inner = sch.split(m, [None, tile_rows])
     n_outer, n_inner = sch.split(n, [None, cpu.tile_columns * at_once])
     sch.reorder(n_outer, m_outer, m_inner, n_inner)
@@ -39,8 +41,6 @@ def schedule_packed_product(sch: Any, cpu: Cpu) -> None:
     if unpacked is not None:
         _schedule_unpacked(sch, unpacked, n_outer, cpu)
     *_, row, column, k = sch.get_loops(product)
-    # All of a word's values, so that which one is meant is known where it is taken out.
-    in_words = any(str(region.source.dtype) == "int32" for region in sch.get(product).reads)
     unroll = 8 if in_words else tuning.row_unroll if rows == 1 else tuning.unroll
     k_outer, k_inner = sch.split(k, [None, next(u for u in (unroll, 4, 2, 1) if depth % u == 0)])
     vector, lane = sch.split(column, [None, cpu.lanes])
@@ -71,13 +71,13 @@ def schedule_packed_product(sch: Any, cpu: Cpu) -> None:
     sch.unroll(init_row)
 
 
-def _row_tiles(tiles: int, cpu: Cpu) -> int:
-    """Tiles that a single row takes at once: as tuned, or another number with which cores have equal shares."""
+def _row_tiles(tiles: int, cpu: Cpu, accumulators: int) -> int:
+    """Tiles that a single row takes at once: as tuned, or another number with which cores have equal shares and registers suffice."""
     if cpu.tuning.row_tiles == 1:
         return 1
     for at_once in (cpu.tuning.row_tiles, 4, 3, 2):
-        chunks = tiles // at_once
-        if tiles % at_once == 0 and (chunks % cpu.cores == 0 or chunks >= _FEW_TILES * cpu.cores):
+        chunks, fits = tiles // at_once, at_once * cpu.tuning.tile_vectors <= accumulators
+        if fits and tiles % at_once == 0 and (chunks % cpu.cores == 0 or chunks >= _FEW_TILES * cpu.cores):
             return at_once
     return 1
 
